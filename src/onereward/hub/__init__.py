@@ -1,0 +1,1 @@
+"""Publishing and loading: adapters in both LoRA formats, cards, and the import hook."""

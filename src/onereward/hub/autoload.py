@@ -1,0 +1,97 @@
+"""After `import onereward`, the plain Hugging Face loaders give our classes: no flag, and no code of the repository run.
+
+    DiffusionPipeline.from_pretrained(repo)   gives the installed `OneRewardMaskPipeline`
+    AutoConfig / AutoModel.from_pretrained(repo)   give the installed `OneRewardConfig` / `OneRewardModel`
+
+A pipeline repository names its class as `["pipeline", "OneRewardMaskPipeline"]`, which tells diffusers to run the
+repository's `pipeline.py` (and to ask for `trust_remote_code=True` first); a reward model has the model type
+`onereward`, which transformers does not know. Both libraries read the repository's JSON file through one class
+method. We wrap these two methods: when the file names a class of ours, the installed class is made known before the
+method returns. Files that name anything else pass through as they are.
+
+The wrapping happens right after the library's module has been imported, now or later, so that `import onereward` does
+not have to import the library. Only the standard library is needed here.
+"""
+
+import sys
+
+
+PIPELINE_CLASS = "OneRewardMaskPipeline"
+MODEL_TYPE = "onereward"
+
+
+def _wrap_classmethod(owner, name, after):
+    """Let `after(result)` see, and change, what the class method `owner.name` returns. Wrapping twice does nothing."""
+    original = getattr(owner, name).__func__
+    if hasattr(original, "_onereward"):
+        return
+
+    def wrapper(cls, *args, **kwargs):
+        result = original(cls, *args, **kwargs)
+        after(result)
+        return result
+
+    wrapper.__name__, wrapper.__qualname__, wrapper.__doc__ = name, original.__qualname__, original.__doc__
+    wrapper.__module__ = original.__module__
+    wrapper._onereward = True
+    setattr(owner, name, classmethod(wrapper))
+
+
+def _name_installed_pipeline(model_index):
+    class_name = model_index.get("_class_name")
+    if class_name == PIPELINE_CLASS or (isinstance(class_name, list) and class_name[1:] == [PIPELINE_CLASS]):
+        from .. import pipelines
+
+        # diffusers looks a plain class name up as an attribute of its own top-level module
+        sys.modules["diffusers"].OneRewardMaskPipeline = pipelines.OneRewardMaskPipeline
+        model_index["_class_name"] = PIPELINE_CLASS
+
+
+def _register_reward_model(config_and_kwargs):
+    if config_and_kwargs[0].get("model_type") == MODEL_TYPE:
+        from .. import rewards  # noqa: F401  (registers OneRewardConfig and OneRewardModel with the Auto classes)
+
+
+# module -> what to do right after it has been executed
+_PATCHES = {
+    "diffusers.pipelines.pipeline_utils": lambda module: _wrap_classmethod(
+        module.DiffusionPipeline, "_dict_from_json_file", _name_installed_pipeline
+    ),
+    "transformers.configuration_utils": lambda module: _wrap_classmethod(
+        module.PreTrainedConfig, "get_config_dict", _register_reward_model
+    ),
+}
+
+
+class _PatchAfterImport:
+    """Entry of `sys.meta_path` that finds nothing itself: the others find the module, it patches it once executed."""
+
+    def __init__(self, patches):
+        self.patches = dict(patches)
+
+    def find_spec(self, name, path=None, target=None):
+        patch = self.patches.pop(name, None)
+        if patch is None:
+            return None
+        if not self.patches:
+            sys.meta_path.remove(self)
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_patch(module):
+                execute(module)
+                patch(module)
+
+            spec.loader.exec_module = execute_and_patch
+        return spec
+
+
+def install_import_hook():
+    """Patch the two modules where they have been imported already, and the others when they are."""
+    for name in [name for name in _PATCHES if name in sys.modules]:
+        _PATCHES[name](sys.modules[name])
+    missing = {name: patch for name, patch in _PATCHES.items() if name not in sys.modules}
+    if missing:
+        sys.meta_path.insert(0, _PatchAfterImport(missing))
