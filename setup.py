@@ -5,6 +5,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+
 ROOT = Path(__file__).parent
 
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "src/onereward/__init__.py").read_text(encoding="utf-8"))[1]

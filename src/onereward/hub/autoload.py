@@ -1,4 +1,4 @@
-"""After `import onereward`, the plain Hugging Face loaders give our classes: no flag, and no code of the repository run.
+"""After `import onereward`, the plain Hugging Face loaders give our classes: no flag, no code of the repository run.
 
     DiffusionPipeline.from_pretrained(repo)   gives the installed `OneRewardMaskPipeline`
     AutoConfig / AutoModel.from_pretrained(repo)   give the installed `OneRewardConfig` / `OneRewardModel`
