@@ -1,0 +1,162 @@
+"""LoRA adapters on disk: one folder that diffusers and PEFT both load, with the same result to the last bit."""
+
+import copy
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def save_adapter(pipeline, folder, *, base_model, adapter_name="default", state_dict=None):
+    """
+    Write the LoRA adapter of the pipeline's UNet in both formats: `pytorch_lora_weights.safetensors`, which
+    `pipeline.load_lora_weights` reads, and `adapter_config.json` with `adapter_model.safetensors`, which
+    `PeftModel.from_pretrained` reads.
+
+    The diffusers file carries the LoRA configuration in its header. Without it a reader takes alpha for the rank,
+    and the adapter comes back too weak without a word.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            Pipeline whose `unet` has the adapter. It is not changed.
+        folder (`str` or `os.PathLike`):
+            Where to write; made if needed. Each file is replaced in one step.
+        base_model (`str`):
+            Repository or folder of the pipeline without the adapter.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            Name of the adapter inside the UNet.
+        state_dict (`dict[str, torch.Tensor]`, *optional*):
+            State dict of the UNet, where it had to be gathered from several processes. Defaults to the UNet's own.
+
+    Raises:
+        ValueError: when the UNet has no adapter of that name, or one that diffusers cannot load (`modules_to_save`).
+
+    Example:
+
+    ```python
+    >>> from peft import LoraConfig
+    >>> from onereward import OneRewardMaskPipeline
+    >>> from onereward.hub.adapters import load_adapter, save_adapter
+
+    >>> pipeline = OneRewardMaskPipeline.from_pretrained("pipelines/onereward-brats")
+    >>> pipeline.unet.add_adapter(LoraConfig(r=8, lora_alpha=16, target_modules=["to_q", "to_v"]))
+    >>> save_adapter(pipeline, "runs/adapter", base_model="pipelines/onereward-brats")
+    ```
+    """
+    configs = getattr(pipeline.unet, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(
+            f"`adapter_name` is {adapter_name!r}, but the UNet has the adapters {sorted(configs)}. Add one with "
+            "`pipeline.unet.add_adapter(LoraConfig(...))` or name one of these."
+        )
+    config = copy.deepcopy(configs[adapter_name])
+    if config.modules_to_save:
+        raise ValueError(
+            f"The adapter has `modules_to_save={config.modules_to_save}`, which diffusers cannot load. Make these "
+            "layers LoRA targets (`target_modules`) instead."
+        )
+    config.target_modules, config.exclude_modules = map(_in_order, (config.target_modules, config.exclude_modules))
+    config.inference_mode = True
+    config.base_model_name_or_path = str(base_model)
+    config.auto_mapping = {
+        "base_model_class": type(pipeline.unet).__name__,
+        "parent_library": type(pipeline.unet).__module__,
+    }
+    weights = get_peft_model_state_dict(pipeline.unet, state_dict=state_dict, adapter_name=adapter_name)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as temporary:
+        pipeline.save_lora_weights(temporary, unet_lora_layers=weights, unet_lora_adapter_metadata=config.to_dict())
+        save_file(
+            {f"base_model.model.{name}": tensor for name, tensor in weights.items()},
+            Path(temporary, PEFT_WEIGHTS),
+            metadata={"format": "pt"},
+        )
+        config.save_pretrained(temporary)
+        for name in (DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG):
+            os.replace(Path(temporary, name), folder / name)
+
+
+def load_adapter(pipeline, folder, adapter_name="default", trainable=False):
+    """
+    Load an adapter that [`save_adapter`], or `save_lora_weights` of diffusers, wrote, and make sure that it arrived:
+    the loaders of diffusers take a folder without an adapter for an empty one, and say nothing.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            Pipeline with a `unet`. The adapter is added to it and made active.
+        folder (`str` or `os.PathLike`):
+            Local folder with `pytorch_lora_weights.safetensors`. Pickle files are never read.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            Name to give the adapter inside the UNet.
+        trainable (`bool`, *optional*, defaults to `False`):
+            Whether the adapter's weights get gradients. The UNet's other weights get none in either case.
+
+    Raises:
+        ValueError: when the folder holds no adapter, only pickle files, or one for another UNet, or when the UNet has
+            an adapter of that name already.
+    """
+    path = Path(folder, DIFFUSERS_WEIGHTS)
+    if not path.is_file():
+        raise ValueError(f"`folder` is {str(folder)!r}, {_what_is_wrong(Path(folder))}")
+    if adapter_name in getattr(pipeline.unet, "peft_config", {}):
+        raise ValueError(
+            f"`adapter_name` is {adapter_name!r}, and the UNet has an adapter of that name already. Choose another "
+            f"name or remove it with `pipeline.delete_adapters({adapter_name!r})`."
+        )
+    wanted = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
+
+    try:
+        pipeline.load_lora_weights(str(folder), weight_name=DIFFUSERS_WEIGHTS, adapter_name=adapter_name)
+        loaded = get_peft_model_state_dict(pipeline.unet, adapter_name=adapter_name)
+        missing = {name for name, tensor in wanted.items() if name not in loaded or loaded[name].shape != tensor.shape}
+    except (RuntimeError, ValueError, KeyError) as error:  # sizes that differ, targets that do not exist
+        raise ValueError(f"{path} does not fit this UNet: {error}. {_made_for(Path(folder))}") from error
+    if missing:
+        pipeline.delete_adapters(adapter_name)
+        raise ValueError(
+            f"{path} does not fit this UNet: {len(missing)} of {len(wanted)} tensors have no place in it, "
+            f"{min(missing)!r} among them. {_made_for(Path(folder))}"
+        )
+
+    pipeline.set_adapters(adapter_name)
+    for name, parameter in pipeline.unet.named_parameters():
+        parameter.requires_grad_(trainable and f".{adapter_name}." in f"{name}.")
+
+
+def _in_order(names):
+    """PEFT keeps module names in a set; a list in order makes the files the same bytes each time."""
+    return sorted(names) if isinstance(names, set) else names
+
+
+def _what_is_wrong(folder):
+    if not folder.is_dir():
+        return "which is no folder here. Download the adapter first, or correct the path."
+    names = sorted(entry.name for entry in folder.iterdir())
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        return f"which holds {pickles}: pickle files can run code and are not read. Convert them to safetensors."
+    if PEFT_WEIGHTS in names:
+        return (
+            f"which holds an adapter in PEFT format only ({PEFT_WEIGHTS}). Load it with "
+            "`PeftModel.from_pretrained(pipeline.unet, folder)`, or write it anew with `save_adapter`."
+        )
+    return f"which holds no {DIFFUSERS_WEIGHTS}, only {names}. Pass the folder that `save_adapter` wrote."
+
+
+def _made_for(folder):
+    config = folder / PEFT_CONFIG
+    if not config.is_file():
+        return "Load the pipeline that the adapter was made for."
+    return f"It was made for {json.loads(config.read_text(encoding='utf-8')).get('base_model_name_or_path')!r}."
