@@ -1,0 +1,75 @@
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+class OneRewardConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`OneRewardModel`].
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the backbone: any image model of transformers whose output has a feature map or a square
+            grid of patch tokens. Defaults to a small BiT (group normalisation, so that training and evaluation see
+            the same network). Its `num_channels` is always set to [`~OneRewardConfig.num_channels`].
+        criteria (`list[str]`, *optional*, defaults to `("quality", "realism", "clinical_relevance")`):
+            One reward head each.
+        tasks (`list[str]`, *optional*, defaults to `("fill", "remove", "extend")`):
+            Tasks the model is conditioned on.
+        labels (`dict[str, int]`, *optional*):
+            Names and values of the label map, background included. Each becomes an input channel; none when `None`.
+        image_channels (`int`, *optional*, defaults to 1):
+            Channels of the judged image and of the source: 1 (grey) or 3 (colour).
+        image_size (`int`, *optional*, defaults to 64):
+            Height and width in pixels of the images the model was trained on; others are refused, because sharpness
+            and texture mean something else at another scale.
+        prompt_buckets (`int`, *optional*, defaults to 0):
+            Size of the hashed vocabulary of the prompt's words; 0 leaves the prompt out.
+        hidden_size (`int`, *optional*, defaults to 128):
+            Width of the heads.
+
+    Example:
+
+    ```python
+    >>> from onereward import OneRewardConfig, OneRewardModel
+
+    >>> config = OneRewardConfig(labels={"background": 0, "NCR": 1, "ED": 2, "ET": 3})
+    >>> config.num_channels
+    7
+    >>> model = OneRewardModel(config)
+    ```
+    """
+
+    model_type = "onereward"
+    sub_configs = {"vision_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    criteria: list[str] | tuple[str, ...] = ("quality", "realism", "clinical_relevance")
+    tasks: list[str] | tuple[str, ...] = ("fill", "remove", "extend")
+    labels: dict[str, int] | None = None
+    image_channels: int = 1
+    image_size: int = 64
+    prompt_buckets: int = 0
+    hidden_size: int = 128
+
+    def __post_init__(self, **kwargs):
+        if self.vision_config is None:
+            self.vision_config = {
+                "model_type": "bit",
+                "embedding_size": 48,
+                "hidden_sizes": [128, 256],
+                "depths": [2, 2],
+                "num_groups": 8,
+            }
+        if isinstance(self.vision_config, dict):
+            vision_config = dict(self.vision_config)
+            self.vision_config = CONFIG_MAPPING[vision_config.pop("model_type")](**vision_config)
+        self.vision_config.num_channels = self.num_channels
+        self.criteria, self.tasks = list(self.criteria), list(self.tasks)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the input: image, source, mask, one-hot labels."""
+        return 2 * self.image_channels + 1 + len(self.labels or {})
+
+
+OneRewardConfig.register_for_auto_class()

@@ -1,0 +1,296 @@
+import os
+import re
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_onereward import OneRewardConfig
+
+
+@dataclass
+class OneRewardOutput(ModelOutput):
+    """
+    Output of [`OneRewardModel`].
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(B, len(criteria))`):
+            On the scale of the votes: the difference of two images' logits gives the probability that a rater prefers
+            the first. Only differences within one condition (image, mask, label map, prompt) have a meaning.
+        rewards (`torch.FloatTensor` of shape `(B, len(criteria))`):
+            The logits with mean 0 and standard deviation 1 over the training images.
+    """
+
+    logits: torch.FloatTensor | None = None
+    rewards: torch.FloatTensor | None = None
+
+
+class OneRewardModel(PreTrainedModel):
+    r"""
+    Judges the repainted part of an image by several criteria at once: a backbone that sees the image, the source, the
+    mask and the label map, and one head per criterion, conditioned on the task and the prompt.
+
+    What the backbone sees is averaged over the mask and, apart from it, over the whole image, because the mask is
+    often a small part of the image. Each image is judged alone: scores of a pair do not depend on its order.
+
+    Research use only, not for clinical use.
+
+    Args:
+        config ([`OneRewardConfig`]):
+            Configuration of the model.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from onereward import OneRewardConfig, OneRewardModel
+
+    >>> model = OneRewardModel(OneRewardConfig())
+    >>> source, mask = torch.rand(2, 1, 64, 64), torch.zeros(2, 1, 64, 64)
+    >>> mask[..., 20:40, 20:40] = 1
+    >>> image = torch.where(mask > 0, torch.rand_like(source), source)
+    >>> rewards = model.score(image, mask, source, tasks=["fill", "remove"])
+    >>> {criterion: reward.shape for criterion, reward in rewards.items()}
+    {'quality': torch.Size([2]), 'realism': torch.Size([2]), 'clinical_relevance': torch.Size([2])}
+    ```
+    """
+
+    config_class = OneRewardConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: OneRewardConfig):
+        super().__init__(config)
+        width, heads = config.hidden_size, len(config.criteria)
+        self.vision = AutoModel.from_config(config.vision_config)
+        backbone = config.vision_config
+        features = backbone.hidden_sizes[-1] if hasattr(backbone, "hidden_sizes") else backbone.hidden_size
+        self.norm = nn.LayerNorm(2 * features)
+        self.project = nn.Linear(2 * features, width)
+        self.task_embedding = nn.Embedding(len(config.tasks), width)
+        if config.prompt_buckets:
+            self.word_embedding = nn.Embedding(config.prompt_buckets + 1, width, padding_idx=0)
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1)) for _ in range(heads)
+        )
+        # prevalence of ties in the votes, part of what the votes teach; see `davidson_log_probabilities`
+        self.log_nu = nn.Parameter(torch.zeros(heads))
+        self.register_buffer("logit_mean", torch.zeros(heads))
+        self.register_buffer("logit_std", torch.ones(heads))
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        task_ids: torch.LongTensor,
+        word_ids: torch.LongTensor | None = None,
+    ) -> OneRewardOutput:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, num_channels, H, W)`):
+                Image, source (both [-1, 1]), mask (1 = repainted) and one-hot labels, from [`prepare_inputs`].
+            task_ids (`torch.LongTensor` of shape `(B,)`):
+                Position of the task in `config.tasks`.
+            word_ids (`torch.LongTensor` of shape `(B, L)`, *optional*):
+                Hashed words of the prompt, 0 = padding. Needed when `config.prompt_buckets` is not 0.
+
+        Returns:
+            [`OneRewardOutput`]
+        """
+        mask = pixel_values[:, 2 * self.config.image_channels][:, None]
+        # convolutions on the CPU take half the time in this memory layout
+        features = self.vision(pixel_values.contiguous(memory_format=torch.channels_last)).last_hidden_state
+        if features.ndim == 3:  # tokens: leave out class and register tokens, which come first; lay out the grid
+            side = int(features.shape[1] ** 0.5)
+            features = features[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
+        weight = F.adaptive_avg_pool2d(mask, features.shape[-2:])
+        weight = weight / weight.sum(dim=(2, 3), keepdim=True).clamp(min=1e-6)
+        pooled = torch.cat([(weight * features).sum(dim=(2, 3)), features.mean(dim=(2, 3))], dim=1)
+
+        hidden = self.project(self.norm(pooled)) + self.task_embedding(task_ids)
+        if self.config.prompt_buckets:
+            words = self.word_embedding(word_ids).sum(dim=1)
+            hidden = hidden + words / (word_ids > 0).sum(dim=1, keepdim=True).clamp(min=1)
+        logits = torch.cat([head(hidden) for head in self.heads], dim=1)
+        return OneRewardOutput(logits=logits, rewards=(logits - self.logit_mean) / self.logit_std)
+
+    def prepare_inputs(
+        self,
+        images: torch.Tensor,
+        masks: torch.Tensor,
+        sources: torch.Tensor,
+        label_maps: torch.Tensor | None = None,
+        prompts: list[str] | None = None,
+        tasks: list[str] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Check the inputs of [`score`] and turn them into those of [`forward`], on the model's device.
+
+        Args: as in [`score`].
+
+        Returns:
+            `dict[str, torch.Tensor]`: `pixel_values`, `task_ids` and, when the model reads prompts, `word_ids`.
+
+        Raises:
+            `ValueError`: when a shape, a value, a label or a task is not what the model was made for.
+        """
+        config, batch = self.config, len(images)
+        size = (config.image_size, config.image_size)
+        wanted = {"images": config.image_channels, "sources": config.image_channels, "masks": 1, "label_maps": 1}
+        given = {"images": images, "sources": sources, "masks": masks}
+        if label_maps is not None:
+            given["label_maps"] = label_maps
+        for name, tensor in given.items():
+            shape = (batch, wanted[name], *size)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(tensor.shape)}; this model wants {shape}: {wanted[name]} channel(s) "
+                    f"of {size[0]}x{size[1]} pixels. Resize or convert the images first."
+                )
+        for name in ("images", "sources"):
+            low, high = given[name].aminmax()
+            if not (low >= 0 and high <= 1):  # also catches NaN
+                raise ValueError(f"`{name}` has values from {low:g} to {high:g}; expected floats in [0, 1], no NaN.")
+        if not ((masks == 0) | (masks == 1)).all():
+            raise ValueError("`masks` holds values other than 0 and 1; threshold it with `(masks > 0.5).float()`.")
+        if not masks.flatten(1).any(dim=1).all():
+            empty = (~masks.flatten(1).any(dim=1)).nonzero()[0].item()
+            raise ValueError(f"`masks[{empty}]` is empty; there is nothing to judge. 1 marks the repainted pixels.")
+        for name, texts in (("tasks", tasks), ("prompts", prompts)):
+            if texts is not None and (isinstance(texts, str) or len(texts) != batch):
+                raise ValueError(f"`{name}` is {texts!r}; expected a list of {batch} strings, one for each image.")
+        for name, needed in (("tasks", len(config.tasks) > 1), ("prompts", config.prompt_buckets)):
+            if needed and {"tasks": tasks, "prompts": prompts}[name] is None:
+                raise ValueError(f"`{name}` is missing; this model is conditioned on it: a list of {batch} strings.")
+        unknown = set(tasks or []) - set(config.tasks)
+        if unknown:
+            raise ValueError(f"`tasks` holds {sorted(unknown)}; this model knows {config.tasks}.")
+
+        images, sources, masks = (tensor.to(self.device, torch.float32) for tensor in (images, sources, masks))
+        channels = [2 * images - 1, 2 * sources - 1, masks]
+        if config.labels:
+            one_hot = torch.zeros(batch, len(config.labels), *size, device=self.device)
+            if label_maps is not None:
+                label_maps = label_maps.to(self.device)
+                # by value: the order of names in a JSON file is nobody's promise
+                values = torch.tensor(sorted(config.labels.values()), device=self.device)
+                one_hot = (label_maps == values[:, None, None]) * masks
+                if (one_hot.sum(dim=1, keepdim=True) < masks).any():
+                    found = label_maps[masks > 0].unique().tolist()
+                    raise ValueError(f"`label_maps` holds the values {found}; this model knows {config.labels}.")
+            channels.append(one_hot)
+        inputs = {
+            "pixel_values": torch.cat(channels, dim=1).to(self.dtype),
+            "task_ids": torch.tensor(
+                [config.tasks.index(task) for task in tasks or config.tasks[:1] * batch], device=self.device
+            ),
+        }
+        if config.prompt_buckets:
+            words = [
+                torch.tensor([zlib.crc32(word.encode()) % config.prompt_buckets + 1 for word in _words(prompt)] or [0])
+                for prompt in prompts
+            ]
+            inputs["word_ids"] = nn.utils.rnn.pad_sequence(words, batch_first=True).to(self.device)
+        return inputs
+
+    @torch.no_grad()
+    def score(
+        self,
+        images: torch.Tensor,
+        masks: torch.Tensor,
+        sources: torch.Tensor,
+        label_maps: torch.Tensor | None = None,
+        prompts: list[str] | None = None,
+        tasks: list[str] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Rewards of a batch of repainted images; the model is in evaluation mode for the call.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, C, H, W)`):
+                Images to judge, floats in [0, 1].
+            masks (`torch.Tensor` of shape `(B, 1, H, W)`):
+                1 = repainted, 0 = kept.
+            sources (`torch.Tensor` of shape `(B, C, H, W)`):
+                What the images were before, floats in [0, 1].
+            label_maps (`torch.Tensor` of shape `(B, 1, H, W)`, *optional*):
+                Integer values of `config.labels` that were asked for inside the mask.
+            prompts (`list[str]`, *optional*):
+                B prompts; needed when `config.prompt_buckets` is not 0.
+            tasks (`list[str]`, *optional*):
+                B of `config.tasks`; needed when there are several.
+
+        Returns:
+            `dict[str, torch.Tensor]`: for each criterion B float32 rewards, higher is better, with mean 0 and
+            standard deviation 1 over the training images.
+
+        Raises:
+            `ValueError`: when a shape, a value, a label or a task is not what the model was made for.
+        """
+        training = self.training
+        self.eval()
+        try:
+            rewards = self(**self.prepare_inputs(images, masks, sources, label_maps, prompts, tasks)).rewards
+        finally:
+            self.train(training)
+        return dict(zip(self.config.criteria, rewards.float().unbind(dim=1), strict=True))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """
+        Save `config.json`, `model.safetensors`, the two files of code that make the folder loadable without the
+        `onereward` package (with `trust_remote_code=True`), and a model card unless there is one.
+
+        Args: as in [`~transformers.PreTrainedModel.save_pretrained`].
+        """
+        card = os.path.join(save_directory, "README.md")
+        if not os.path.exists(card):
+            os.makedirs(save_directory, exist_ok=True)
+            with open(card + ".tmp", "w", encoding="utf-8") as file:
+                file.write(model_card(self.config))
+            os.replace(card + ".tmp", card)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def _words(prompt: str) -> list[str]:
+    return re.findall(r"\w+", prompt.lower())
+
+
+def model_card(config: OneRewardConfig) -> str:
+    """The README.md of a published reward model."""
+    return f"""---
+library_name: transformers
+pipeline_tag: image-classification
+license: apache-2.0
+tags:
+- onereward
+- reward-model
+- medical-imaging
+---
+
+# OneReward reward model
+
+**Research use only, not for clinical use.**
+
+Judges the repainted part of a medical image by {len(config.criteria)} criteria ({", ".join(config.criteria)}), for
+the tasks {", ".join(config.tasks)}. Input: {config.image_size}x{config.image_size} pixels, {config.image_channels}
+channel(s). Trained on pairwise votes with the Bradley-Terry model with ties (Davidson, 1970). A reward is relative:
+mean 0, standard deviation 1 over the training images, higher is better; compare images of one condition only.
+
+```python
+import onereward  # pip install onereward; without it, pass trust_remote_code=True
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("path/or/repo")
+rewards = model.score(images, masks, sources, label_maps, prompts, tasks)  # dict: criterion -> (B,)
+```
+
+The raters of the training votes decide what this model likes. It can be fooled by images unlike those it was trained
+on; look at the images, and measure with something that was never a reward.
+"""
+
+
+OneRewardModel.register_for_auto_class("AutoModel")
