@@ -32,7 +32,7 @@ SIGNAL = {
     "t1n": {"csf": 0.14, "gm": 0.52, "wm": 0.80, NCR: 0.24, ED: 0.45, ET: 0.50},
     "t1c": {"csf": 0.15, "gm": 0.53, "wm": 0.80, NCR: 0.22, ED: 0.45, ET: 1.18},
     "t2w": {"csf": 1.00, "gm": 0.56, "wm": 0.36, NCR: 0.90, ED: 0.80, ET: 0.64},
-    "t2f": {"csf": 0.12, "gm": 0.58, "wm": 0.44, NCR: 0.40, ED: 0.96, ET: 0.76},
+    "t2f": {"csf": 0.12, "gm": 0.62, "wm": 0.43, NCR: 0.40, ED: 0.96, ET: 0.76},
 }
 # How much of the template's own fine detail shows in a sequence, and with which sign.
 DETAIL = {"t1n": 0.8, "t1c": 0.8, "t2w": -0.6, "t2f": -0.3}
@@ -178,28 +178,34 @@ def grow_tumour(rng: np.random.Generator, coordinates: np.ndarray, healthy: dict
     mm = FIELD_OF_VIEW / n
     y, x = np.meshgrid(np.arange(n, dtype=np.float32) * mm, np.arange(n, dtype=np.float32) * mm, indexing="ij")
     depth = ndimage.distance_transform_edt(healthy["brain"] > 0.5) * mm
+    centre_x = (load_template()[0]["brain"].shape[0] - 1) / 2
     place = np.cumsum((depth > 12) * (0.15 + healthy["wm"]))
     while True:
         row, column = divmod(int(np.searchsorted(place, rng.random() * place[-1])), n)
-        radius = rng.uniform(11, 26)  # of the whole tumour, mm
-        core_radius = radius * rng.uniform(0.42, 0.7)
-        kind = rng.choice(["ring", "solid", "non-enhancing"], p=[0.65, 0.2, 0.15])
+        radius = rng.uniform(9, 25)  # of the whole tumour, mm
+        core_radius = radius * rng.uniform(0.48, 0.74)
+        kind = rng.choice(["ring", "solid", "non-enhancing"], p=[0.7, 0.17, 0.13])
         dy, dx = y - row * mm, (x - column * mm) * rng.uniform(0.75, 1.3)
         distance, angle = np.hypot(dy, dx), np.arctan2(dx, dy)
         lobes = sum(rng.normal(0, 0.16 / k) * np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4, 5, 7))
         rough = smooth_noise(rng, n, 8.5, 0.1)
         push = rng.uniform(0.2, 0.5) * core_radius
-        tissue = healthy
+        tissue, displaced = healthy, coordinates
         if mass_effect:
             # Anatomy moves outwards from the core; the displacement ends exactly at 2.2 radii.
             push = push * np.clip(1 - (distance / (2.2 * radius)) ** 2, 0, None) ** 2 / np.maximum(distance, 1e-3)
             # Template x and y grow to the patient's left-to-right and posterior-to-anterior: against both axes.
-            tissue = sample_anatomy(coordinates + np.stack([push * dx, push * dy, np.zeros_like(push)]))
+            displaced = coordinates + np.stack([push * dx, push * dy, np.zeros_like(push)])
+            tissue = sample_anatomy(displaced)
         brain = tissue["brain"] > 0.5
+        # The falx between the hemispheres stops a tumour; only through the corpus callosum can it cross.
+        midline = np.abs(displaced[0] - centre_x) < 2
+        brain &= ~(midline & (ndimage.gaussian_filter(tissue["wm"], 1 / mm) < 0.6))
         core = (distance < core_radius * (1 + lobes + rough)) & brain
         spread = 0.75 + 0.85 * ndimage.gaussian_filter(tissue["wm"], 2 / mm)
-        oedema = (distance < radius * (1 + 1.2 * lobes + 1.5 * rough) * spread) & (tissue["csf"] < 0.6) & brain
-        rim = rng.uniform(3.8, 6.5) * np.clip(1 + smooth_noise(rng, n, 12, 0.35), 0.75, 1.8)
+        oedema = (distance < radius * (1 + 1.2 * lobes + 1.5 * rough) * spread) & brain
+        oedema &= ndimage.gaussian_filter(tissue["csf"], 1 / mm) < 0.5
+        rim = rng.uniform(3.6, 6.0) * np.clip(1 + smooth_noise(rng, n, 12, 0.35), 0.75, 1.8)
         gap = smooth_noise(rng, n, 14, 1.0) > 1.6
         patches = smooth_noise(rng, n, 9, 1.0) > 1.2
         inside = ndimage.distance_transform_edt(core) * mm
