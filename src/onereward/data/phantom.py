@@ -120,7 +120,7 @@ def draw_surface(rng: np.random.Generator, n: int) -> np.ndarray:
     y, x = np.meshgrid(axis, axis, indexing="ij")
     height = rng.choice(heights)
     angle = np.deg2rad(rng.normal(0, 4))
-    scale_x, scale_y = rng.normal(1.0, 0.045, 2)
+    scale_x, scale_y = rng.normal(0.96, 0.04, 2)  # the template is larger than the average head
     wave = rng.uniform(1.5, 4.0)
     u = (np.cos(angle) * x - np.sin(angle) * y) / scale_x
     v = (np.sin(angle) * x + np.cos(angle) * y) / scale_y
@@ -290,13 +290,16 @@ def render_case(seed: int, split: str, index: int, size: int, contrasts: tuple[s
     rng = np.random.default_rng(tumour)
     tissue, labels = grow_tumour(rng, coordinates, healthy, mass_effect)
 
-    # Borders are soft over about a millimetre, and oedema lets some of the anatomy through, more so further out.
-    lesion = {v: ndimage.gaussian_filter((labels == v).astype(np.float32), 1.0 / mm) for v in (NCR, ED, ET)}
-    lesion[ED] *= np.clip(rng.uniform(0.72, 0.92) + smooth_noise(rng, n, 13, 0.08), 0.5, 1)
-
     occupancy = area_average(np.stack([labels == value for value in (0, NCR, ED, ET)]).astype(np.float32))
     brain = area_average(tissue["brain"]) > 0.5
     label_map = remove_specks((occupancy.argmax(0) * brain).astype(np.uint8), 4)
+    # What is too thin to be labelled at the output size is not painted either.
+    labels = labels * dilate(label_map > 0, 1).repeat(2, 0).repeat(2, 1)
+
+    # Borders are soft over about a millimetre, and oedema lets some of the anatomy through.
+    lesion = {v: ndimage.gaussian_filter((labels == v).astype(np.float32), 1.0 / mm) for v in (NCR, ED, ET)}
+    lesion[ED] *= np.clip(rng.uniform(0.72, 0.92) + smooth_noise(rng, n, 13, 0.08), 0.5, 1)
+
     case = {"twin": {}, "tumour": {}, "label_map": label_map, "brain": brain, "streams": streams}
     for name, stream in zip(CONTRASTS, acquisition.spawn(len(CONTRASTS)), strict=True):
         if name in contrasts:
