@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -71,7 +72,8 @@ def save_adapter(pipeline, folder, *, base_model, adapter_name="default", state_
         "base_model_class": type(pipeline.unet).__name__,
         "parent_library": type(pipeline.unet).__module__,
     }
-    weights = get_peft_model_state_dict(pipeline.unet, state_dict=state_dict, adapter_name=adapter_name)
+    # without the last argument PEFT asks the Hub whether the base model's vocabulary has grown
+    weights = get_peft_model_state_dict(pipeline.unet, state_dict, adapter_name, save_embedding_layers=False)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
     folder = Path(folder)
@@ -115,24 +117,44 @@ def load_adapter(pipeline, folder, adapter_name="default", trainable=False):
             f"`adapter_name` is {adapter_name!r}, and the UNet has an adapter of that name already. Choose another "
             f"name or remove it with `pipeline.delete_adapters({adapter_name!r})`."
         )
-    wanted = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
-
-    try:
-        pipeline.load_lora_weights(str(folder), weight_name=DIFFUSERS_WEIGHTS, adapter_name=adapter_name)
-        loaded = get_peft_model_state_dict(pipeline.unet, adapter_name=adapter_name)
-        missing = {name for name, tensor in wanted.items() if name not in loaded or loaded[name].shape != tensor.shape}
-    except (RuntimeError, ValueError, KeyError) as error:  # sizes that differ, targets that do not exist
-        raise ValueError(f"{path} does not fit this UNet: {error}. {_made_for(Path(folder))}") from error
-    if missing:
-        pipeline.delete_adapters(adapter_name)
+    misfits = _misfits(pipeline.unet, _unet_weights(path))
+    if misfits:
         raise ValueError(
-            f"{path} does not fit this UNet: {len(missing)} of {len(wanted)} tensors have no place in it, "
-            f"{min(missing)!r} among them. {_made_for(Path(folder))}"
+            f"{path} does not fit this UNet: {len(misfits)} of its tensors have no place there, {misfits[0]!r} among "
+            f"them. {_made_for(Path(folder))}"
         )
 
+    pipeline.load_lora_weights(str(folder), weight_name=DIFFUSERS_WEIGHTS, adapter_name=adapter_name)
     pipeline.set_adapters(adapter_name)
     for name, parameter in pipeline.unet.named_parameters():
         parameter.requires_grad_(trainable and f".{adapter_name}." in f"{name}.")
+
+
+def _unet_weights(path):
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file ({error}). Write or download the adapter anew.") from error
+    unet_weights = {name.removeprefix("unet."): tensor for name, tensor in weights.items() if name.startswith("unet.")}
+    if not unet_weights:
+        raise ValueError(
+            f"{path} has no tensor whose name begins with 'unet.', only {sorted(weights)[:3]}: nothing would be "
+            "loaded. Write it with `save_adapter`, or with `save_lora_weights` of the pipeline."
+        )
+    return unet_weights
+
+
+def _misfits(unet, weights):
+    """Names of the LoRA tensors whose layer the UNet does not have, or has in another size."""
+    layers = dict(unet.named_modules())
+    misfits = []
+    for name, tensor in sorted(weights.items()):
+        layer, _, part = name.partition(".lora_")
+        weight = getattr(layers.get(layer), "weight", None)
+        axis = {"A": 1, "B": 0}.get(part[:1])  # A reads the layer's input, B writes its output
+        if weight is None or (axis is not None and tensor.shape[axis] != weight.shape[axis]):
+            misfits.append(name)
+    return misfits
 
 
 def _in_order(names):

@@ -1,0 +1,209 @@
+"""An adapter comes back through diffusers and through PEFT as the images it was saved with, or not at all."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from onereward.hub.adapters import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, load_adapter, save_adapter
+
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+CONFIGS = {
+    "alpha is not the rank": dict(r=4, lora_alpha=16, target_modules=ATTENTION),
+    "rank-stabilised": dict(r=4, lora_alpha=16, target_modules=ATTENTION, use_rslora=True),
+    "convolutions": dict(r=4, lora_alpha=2, target_modules=[*ATTENTION, "conv_in", "conv1"]),
+    "own ranks": dict(
+        r=4, lora_alpha=16, target_modules=ATTENTION, rank_pattern={"to_q": 2}, alpha_pattern={"to_q": 3}
+    ),
+    "magnitudes": dict(r=4, lora_alpha=16, target_modules=ATTENTION, use_dora=True),
+}
+
+
+def paint(pipeline):
+    image = np.random.default_rng(0).random((1, 16, 16, 1), dtype=np.float32)
+    mask = np.zeros((1, 16, 16, 1), dtype=np.float32)
+    mask[:, 4:12, 4:12] = 1
+    generator = torch.Generator().manual_seed(0)
+    output = pipeline("tumour", image, mask, num_inference_steps=2, generator=generator, output_type="np")
+    return np.asarray(output.images)
+
+
+def tuned(pipeline, name="default", **config):
+    """`pipeline` with an adapter whose effect is large."""
+    pipeline.unet.add_adapter(LoraConfig(**config), adapter_name=name)
+    generator = torch.Generator().manual_seed(1)
+    for key, parameter in pipeline.unet.named_parameters():
+        if "lora_B" in key:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    return pipeline
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_both_formats_give_the_image_of_the_saved_adapter(tiny_pipeline, tmp_path, config):
+    plain = paint(tiny_pipeline())
+    pipeline = tuned(tiny_pipeline(), **config)
+    expected = paint(pipeline)
+    assert np.abs(expected - plain).max() > 1e-3  # the adapter does something
+
+    save_adapter(pipeline, tmp_path, base_model="org/base")
+
+    ours = tiny_pipeline()
+    load_adapter(ours, tmp_path)
+    diffusers = tiny_pipeline()
+    diffusers.load_lora_weights(str(tmp_path))
+    peft = tiny_pipeline()
+    peft.unet = PeftModel.from_pretrained(peft.unet, tmp_path)
+    for loaded in (ours, diffusers, peft):
+        np.testing.assert_allclose(paint(loaded), expected, atol=1e-6, rtol=0)
+
+
+def test_folder_names_its_base_and_carries_alpha_in_the_header(tiny_pipeline, tmp_path):
+    pipeline = tuned(tiny_pipeline(), **CONFIGS["alpha is not the rank"])
+    save_adapter(pipeline, tmp_path / "new" / "adapter", base_model="org/base")
+    folder = tmp_path / "new" / "adapter"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG])
+    assert json.loads((folder / PEFT_CONFIG).read_text())["base_model_name_or_path"] == "org/base"
+    with safe_open(folder / DIFFUSERS_WEIGHTS, "pt") as file:
+        header = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (header["unet.r"], header["unet.lora_alpha"]) == (4, 16)
+    assert pipeline.unet.peft_config["default"].base_model_name_or_path != "org/base"  # the live pipeline is as it was
+
+
+def test_saving_again_gives_the_same_peft_bytes(tiny_pipeline, tmp_path):
+    pipeline = tuned(tiny_pipeline(), **CONFIGS["convolutions"])
+    for folder in ("first", "second"):
+        save_adapter(pipeline, tmp_path / folder, base_model="org/base")
+    for name in (PEFT_WEIGHTS, PEFT_CONFIG):  # safetensors writes the two keys of the diffusers header in any order
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    modules = json.loads((tmp_path / "first" / PEFT_CONFIG).read_text())["target_modules"]
+    assert modules == sorted(modules)
+
+
+def test_a_failed_save_leaves_the_old_adapter(tiny_pipeline, tmp_path, monkeypatch):
+    pipeline = tuned(tiny_pipeline(), **CONFIGS["alpha is not the rank"])
+    save_adapter(pipeline, tmp_path, base_model="org/base")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def disk_is_full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(LoraConfig, "save_pretrained", disk_is_full)
+    for parameter in pipeline.unet.parameters():
+        parameter.data.add_(1)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(pipeline, tmp_path, base_model="org/other")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_gathered_state_dict_is_what_is_written(tiny_pipeline, tmp_path):
+    pipeline = tuned(tiny_pipeline(), **CONFIGS["alpha is not the rank"])
+    gathered = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    expected = paint(pipeline)
+    for name, parameter in pipeline.unet.named_parameters():
+        if "lora_" in name:
+            parameter.data.zero_()  # a shard that holds nothing
+    save_adapter(pipeline, tmp_path, base_model="org/base", state_dict=gathered)
+    loaded = tiny_pipeline()
+    load_adapter(loaded, tmp_path)
+    np.testing.assert_allclose(paint(loaded), expected, atol=1e-6, rtol=0)
+
+
+def test_the_named_one_of_two_adapters_is_saved(tiny_pipeline, tmp_path):
+    pipeline = tuned(tiny_pipeline(), name="second", **CONFIGS["alpha is not the rank"])
+    expected = paint(pipeline)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="first")
+    save_adapter(pipeline, tmp_path, base_model="org/base", adapter_name="second")
+    loaded = tiny_pipeline()
+    load_adapter(loaded, tmp_path, adapter_name="any")
+    assert loaded.get_active_adapters() == ["any"]
+    np.testing.assert_allclose(paint(loaded), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_only_a_trainable_adapter_gets_gradients(tiny_pipeline, tmp_path, trainable):
+    save_adapter(tuned(tiny_pipeline(), **CONFIGS["alpha is not the rank"]), tmp_path, base_model="org/base")
+    pipeline = tiny_pipeline()
+    load_adapter(pipeline, tmp_path, trainable=trainable)
+    with_gradient = {name for name, parameter in pipeline.unet.named_parameters() if parameter.requires_grad}
+    adapter = {name for name, _ in pipeline.unet.named_parameters() if "lora_" in name}
+    assert len(adapter) == len(load_file(tmp_path / PEFT_WEIGHTS))
+    assert with_gradient == (adapter if trainable else set())
+
+
+def test_saving_names_the_adapters_there_are(tiny_pipeline, tmp_path):
+    with pytest.raises(ValueError, match=r"`adapter_name` is 'default'.*adapters \[\]"):
+        save_adapter(tiny_pipeline(), tmp_path, base_model="org/base")
+    pipeline = tuned(tiny_pipeline(), r=4, target_modules=["to_q"], modules_to_save=["conv_in"])
+    with pytest.raises(ValueError, match="modules_to_save=.*conv_in.*target_modules"):
+        save_adapter(pipeline, tmp_path, base_model="org/base")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], r"holds no pytorch_lora_weights.safetensors, only \[\]"),
+        (["model.safetensors"], r"only \['model.safetensors'\]"),
+        (["pytorch_lora_weights.bin"], "pickle files can run code"),
+        (["adapter.pt", "adapter.ckpt"], "pickle files can run code"),
+        ([PEFT_WEIGHTS, PEFT_CONFIG], "PEFT format only"),
+    ],
+)
+def test_a_folder_without_an_adapter_is_refused(tiny_pipeline, tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    pipeline = tiny_pipeline()
+    with pytest.raises(ValueError, match=message):
+        load_adapter(pipeline, tmp_path)
+    assert not getattr(pipeline.unet, "peft_config", {})
+
+
+def test_a_missing_folder_and_a_taken_name_are_refused(tiny_pipeline, tmp_path):
+    pipeline = tuned(tiny_pipeline(), **CONFIGS["alpha is not the rank"])
+    with pytest.raises(ValueError, match="no folder here"):
+        load_adapter(pipeline, tmp_path / "nowhere")
+    save_adapter(pipeline, tmp_path, base_model="org/base")
+    with pytest.raises(ValueError, match="'default', and the UNet has an adapter of that name"):
+        load_adapter(pipeline, tmp_path)
+
+
+def test_weights_that_diffusers_would_pass_over_are_refused(tiny_pipeline, tmp_path):
+    pipeline = tuned(tiny_pipeline(), **CONFIGS["alpha is not the rank"])
+    pipeline.unet.save_lora_adapter(tmp_path)  # the same file name, no "unet." in the names of the tensors
+    with pytest.raises(ValueError, match="begins with 'unet.'.*nothing would be loaded"):
+        load_adapter(tiny_pipeline(), tmp_path)
+    (tmp_path / DIFFUSERS_WEIGHTS).write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        load_adapter(tiny_pipeline(), tmp_path)
+
+
+def test_a_second_adapter_lies_beside_the_first(tiny_pipeline, tmp_path):
+    save_adapter(tuned(tiny_pipeline(), **CONFIGS["convolutions"]), tmp_path, base_model="org/base")
+    pipeline = tiny_pipeline()
+    load_adapter(pipeline, tmp_path, "first")
+    expected = paint(pipeline)
+    load_adapter(pipeline, tmp_path, "second")
+    assert pipeline.get_list_adapters() == {"unet": ["first", "second"]}
+    assert pipeline.get_active_adapters() == ["second"]
+    np.testing.assert_allclose(paint(pipeline), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("widths", [(8, 32), (8,)], ids=["wider", "without attention"])
+def test_an_adapter_of_another_base_is_refused_and_leaves_no_trace(tiny_pipeline, tmp_path, widths):
+    save_adapter(tuned(tiny_pipeline(), **CONFIGS["alpha is not the rank"]), tmp_path, base_model="org/base")
+    pipeline = tiny_pipeline()
+    config = dict(pipeline.unet.config, block_out_channels=widths)
+    if len(widths) == 1:
+        config.update(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None)
+    pipeline.unet = UNet2DConditionModel.from_config(config).eval()
+    before = pipeline.unet.state_dict()
+    with pytest.raises(ValueError, match="does not fit this UNet.*It was made for 'org/base'"):
+        load_adapter(pipeline, tmp_path)
+    assert not getattr(pipeline.unet, "peft_config", {})
+    assert pipeline.unet.state_dict().keys() == before.keys()
