@@ -1,0 +1,55 @@
+"""The loss of a policy-gradient update, and the coefficient of its penalty."""
+
+import torch
+
+
+def clipped_surrogate(
+    ratio: torch.Tensor, advantages: torch.Tensor, epsilon: float, epsilon_high: float | None = None
+) -> torch.Tensor:
+    r"""
+    The clipped surrogate loss of [PPO](https://huggingface.co/papers/1707.06347), equation 7, with its sign turned.
+
+    $$L = \max\big(-A r,\; -A \, \mathrm{clip}(r, 1 - \epsilon, 1 + \epsilon_\mathrm{high})\big)$$
+
+    Args:
+        ratio (`torch.Tensor`):
+            $r = \exp(\log p - \log p_\mathrm{old})$ of each transition, of shape `(B,)`.
+        advantages (`torch.Tensor`):
+            $A$ of each transition, of shape `(B,)`.
+        epsilon (`float`):
+            How far the ratio may fall below 1 and still be pushed further down. With log-probabilities that are means
+            over elements it is small, 1e-4 say.
+        epsilon_high (`float`, *optional*):
+            How far it may rise above 1 ([DAPO](https://huggingface.co/papers/2503.14476) uses a larger value). Equal
+            to `epsilon` when not given.
+
+    Returns:
+        `torch.Tensor`: loss of each transition, of shape `(B,)`.
+    """
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+    return torch.maximum(-advantages * ratio, -advantages * clipped)
+
+
+def adapt_beta(beta: float, kl: float, kl_target: float) -> float:
+    """
+    The next coefficient of the KL penalty, by the rule of [PPO](https://huggingface.co/papers/1707.06347), section 4:
+    twice as much when the divergence exceeds 1.5 times its target, half as much when it falls below its target over
+    1.5, else unchanged.
+
+    Args:
+        beta (`float`):
+            Coefficient of the update just made.
+        kl (`float`):
+            Divergence from the reference measured in it, in nats per element.
+        kl_target (`float`):
+            Divergence to keep to.
+
+    Returns:
+        `float`: coefficient of the next update.
+    """
+    if kl > 1.5 * kl_target:
+        return 2 * beta
+    if kl < kl_target / 1.5:
+        return beta / 2
+    return beta
