@@ -10,7 +10,8 @@ from onereward.policy import ddim_alphas, ddim_step
 
 
 SHAPE = (3, 4, 6, 6)
-XX
+SPACINGS, PREDICTIONS = ("leading", "trailing", "linspace"), ("epsilon", "v_prediction", "sample")
+SCHEDULERS = list(itertools.product(SPACINGS, (0, 1), PREDICTIONS, (False, True), (False, True)))
 
 
 def make_scheduler(spacing, offset, prediction_type, zero_snr, alpha_to_one, num_steps=10):
