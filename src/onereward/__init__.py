@@ -7,14 +7,14 @@ also teaches diffusers and transformers to know our classes by name, see `onerew
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .hub.autoload import install_import_hook
+from onereward.hub.autoload import install_import_hook
 
 
 if TYPE_CHECKING:
-    from .data import load_folder, load_phantom
-    from .pipelines import MaskConditions, OneRewardMaskPipeline
-    from .rewards import OneRewardConfig, OneRewardModel
-    from .trainers import (
+    from onereward.data import load_folder, load_phantom
+    from onereward.pipelines import MaskConditions, OneRewardMaskPipeline
+    from onereward.rewards import OneRewardConfig, OneRewardModel
+    from onereward.trainers import (
         DDPOConfig,
         DDPOTrainer,
         RewardConfig,

@@ -40,16 +40,16 @@ def _wrap_classmethod(owner, name, after):
 def _name_installed_pipeline(model_index):
     class_name = model_index.get("_class_name")
     if class_name == PIPELINE_CLASS or (isinstance(class_name, list) and class_name[1:] == [PIPELINE_CLASS]):
-        from .. import pipelines
+        from onereward.pipelines import OneRewardMaskPipeline
 
         # diffusers looks a plain class name up as an attribute of its own top-level module
-        sys.modules["diffusers"].OneRewardMaskPipeline = pipelines.OneRewardMaskPipeline
+        sys.modules["diffusers"].OneRewardMaskPipeline = OneRewardMaskPipeline
         model_index["_class_name"] = PIPELINE_CLASS
 
 
 def _register_reward_model(config_and_kwargs):
     if config_and_kwargs[0].get("model_type") == MODEL_TYPE:
-        from .. import rewards  # noqa: F401  (registers OneRewardConfig and OneRewardModel with the Auto classes)
+        import onereward.rewards  # noqa: F401  (registers OneRewardConfig and OneRewardModel with the Auto classes)
 
 
 # module -> what to do right after it has been executed
@@ -70,19 +70,18 @@ class _PatchAfterImport:
         self.patches = dict(patches)
 
     def find_spec(self, name, path=None, target=None):
-        patch = self.patches.pop(name, None)
-        if patch is None:
+        if name not in self.patches:
             return None
-        if not self.patches:
-            sys.meta_path.remove(self)
         others = [finder for finder in sys.meta_path if finder is not self]
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:
+        if spec is not None:
             execute = spec.loader.exec_module
 
             def execute_and_patch(module):
                 execute(module)
-                patch(module)
+                self.patches.pop(name)(module)
+                if not self.patches:
+                    sys.meta_path.remove(self)
 
             spec.loader.exec_module = execute_and_patch
         return spec
