@@ -56,7 +56,7 @@ EXAMPLE_DOC_STRING = """
 @dataclasses.dataclass
 class MaskConditions:
     r"""
-    Everything the denoiser is conditioned on, encoded once. `B` images, `c` latent channels, `f` the VAE's scale factor.
+    Everything the denoiser is conditioned on, encoded once, for `B` images and `c` latent channels.
 
     Args:
         image (`torch.Tensor` of shape `(B, C, H, W)`, float32 or float64):
@@ -283,7 +283,9 @@ class OneRewardMaskPipeline(
         )
         for text in prompt:
             if len(self.tokenizer(text).input_ids) > max_length:
-                logger.warning(f"`prompt` is longer than the {max_length} tokens that are read, its end is lost: {text}")
+                logger.warning(
+                    f"`prompt` is longer than the {max_length} tokens that are read, its end is lost: {text}"
+                )
         use_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
         outputs = self.text_encoder(
             tokens.input_ids.to(device),
@@ -295,8 +297,8 @@ class OneRewardMaskPipeline(
         text_model = getattr(self.text_encoder, "text_model", self.text_encoder)
         return text_model.final_layer_norm(outputs.hidden_states[-(clip_skip + 1)])
 
-    def _encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        # The mode, not a sample: a condition must be the same each time it is encoded.
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encodes `(B, C, H, W)` pixels in [0, 1] into `(B, c, h, w)` latents: the mode, which repeats itself."""
         encoded = self.vae.encode(pixels.to(self.vae.dtype) * 2 - 1)
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
@@ -388,9 +390,9 @@ class OneRewardMaskPipeline(
         latent_channels = self.vae.config.latent_channels
         masked_image_latents = image_latents = label_latents = None
         if self.unet.config.in_channels == latent_channels:
-            image_latents = self._encode_image(pixels)
+            image_latents = self.encode_image(pixels)
         else:
-            masked_image_latents = self._encode_image(torch.where(canvas_mask > 0.5, 0.5, pixels))  # 0.5: the VAE's 0
+            masked_image_latents = self.encode_image(torch.where(canvas_mask > 0.5, 0.5, pixels))  # 0.5: the VAE's 0
         if self.has_label_channels:
             shape = (batch_size, len(self.config.labels), *mask.shape[-2:])
             label_latents = torch.zeros(shape, device=device)
@@ -778,7 +780,7 @@ def _batch(value: PipelineImageInput, name: str) -> torch.Tensor:
 
 
 def _pixels(image: PipelineImageInput, channels: int) -> torch.Tensor:
-    """`image` -> `(B, channels, H, W)`, float in [0, 1]; float64 stays float64 so that it can be given back exactly."""
+    """`image` -> `(B, channels, H, W)`, float in [0, 1]; float64 stays, to be given back exactly."""
     pixels = _batch(image, "image")
     if pixels.dtype == torch.uint8:
         pixels = pixels.float() / 255

@@ -1,4 +1,4 @@
-"""A small pipeline from scratch: the components of the embedded base, sized for a few hundred cases and one machine."""
+"""A small pipeline from scratch: the size of the embedded base, for one machine."""
 
 import json
 from collections.abc import Iterable

@@ -1,0 +1,155 @@
+"""Trains the small autoencoder that a pipeline from scratch needs before its denoiser can be trained."""
+
+import os
+from dataclasses import dataclass, field
+
+import datasets
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from onereward.data.schema import rows_to_tensors
+
+
+@dataclass
+class VAEConfig(TrainingArguments):
+    r"""
+    Configuration of [`VAETrainer`]. Only what differs from [`~transformers.TrainingArguments`] is listed.
+
+    Args:
+        learning_rate (`float`, *optional*, defaults to `1e-3`):
+            Peak learning rate of AdamW.
+        per_device_train_batch_size (`int`, *optional*, defaults to `32`):
+            Rows per step and device; each gives its image and its target.
+        kl_weight (`float`, *optional*, defaults to `1e-4`):
+            Weight of the Kullback-Leibler term, which keeps the latents close to a standard normal.
+        gradient_weight (`float`, *optional*, defaults to `0.5`):
+            Weight of the error of the image's horizontal and vertical differences, which keeps edges sharp.
+    """
+
+    output_dir: str | None = field(default="vae", metadata={"help": "Where the VAE and its checkpoints are written."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Rows per step and device."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "The collator reads the columns."})
+    kl_weight: float = field(default=1e-4, metadata={"help": "Weight of the Kullback-Leibler term."})
+    gradient_weight: float = field(default=0.5, metadata={"help": "Weight of the error of image differences."})
+
+
+def kl_to_standard_normal(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    r"""
+    KL(N(mean, exp(logvar)) || N(0, 1)) = (mean² + exp(logvar) - 1 - logvar) / 2, averaged over all elements
+    (https://huggingface.co/papers/1312.6114, appendix B).
+    """
+    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+
+
+def gradient_error(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error of the horizontal and vertical differences of `(B, C, H, W)` images."""
+    across = F.l1_loss(images.diff(dim=-1), targets.diff(dim=-1))
+    return across + F.l1_loss(images.diff(dim=-2), targets.diff(dim=-2))
+
+
+class _Reconstruction(torch.nn.Module):
+    """One forward for encoder and decoder: what is called on a wrapped model is what processes synchronise."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: torch.Tensor):
+        posterior = self.vae.encode(pixels).latent_dist
+        latents = posterior.sample() if self.training else posterior.mode()
+        return self.vae.decode(latents).sample, posterior
+
+
+class VAETrainer(Trainer):
+    r"""
+    Trains an [`~diffusers.AutoencoderKL`] on the images and targets of row-schema data, then sets its scaling factor
+    so that latents have unit variance (https://huggingface.co/papers/2112.10752, section G).
+
+    Args:
+        vae ([`~diffusers.AutoencoderKL`]):
+            The autoencoder, trained in place.
+        args ([`VAEConfig`], *optional*):
+            Configuration of the training.
+        train_dataset (`datasets.Dataset`):
+            Rows in the schema of `onereward.data`.
+        eval_dataset (`datasets.Dataset`, *optional*):
+            Rows to measure the loss on.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            Further callbacks.
+
+    Example:
+
+    ```python
+    >>> from onereward import LABELS, VAEConfig, VAETrainer, load_phantom, small_pipeline
+
+    >>> dataset = load_phantom(8, tasks=("fill",))
+    >>> pipeline = small_pipeline(dataset["prompt"], LABELS)
+    >>> VAETrainer(pipeline.vae, VAEConfig(max_steps=2), dataset).train()
+    ```
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        args: VAEConfig | None = None,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        args = args or VAEConfig()
+        self.vae = vae
+        super().__init__(
+            model=_Reconstruction(vae),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=self.collate,
+            callbacks=callbacks,
+        )
+        self.model_accepts_loss_kwargs = False
+
+    @staticmethod
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Images and, where there are any, targets of the rows, in [-1, 1]."""
+        batch = rows_to_tensors(rows)
+        images = [batch["images"]] + ([] if batch["targets"] is None else [batch["targets"]])
+        return {"pixel_values": torch.cat(images) * 2 - 1}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        pixels = inputs["pixel_values"]
+        images, posterior = model(pixels)
+        loss = F.l1_loss(images, pixels) + self.args.gradient_weight * gradient_error(images, pixels)
+        loss = loss + self.args.kl_weight * kl_to_standard_normal(posterior.mean, posterior.logvar)
+        return (loss, images) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        self.set_scaling_factor()
+        return output
+
+    @torch.no_grad()
+    def set_scaling_factor(self, num_rows: int = 256) -> None:
+        """Sets shift and scaling factor from the latents of `num_rows` training rows: zero mean, unit variance."""
+        vae = self.vae.eval()
+        num_rows = min(num_rows, len(self.train_dataset))
+        latents = []
+        for start in range(0, num_rows, 32):
+            rows = [self.train_dataset[i] for i in range(start, min(start + 32, num_rows))]
+            latents.append(vae.encode(self.collate(rows)["pixel_values"].to(vae.device)).latent_dist.mode())
+        latents = torch.cat(latents)
+        vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        self.vae.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        weights = load_file(os.path.join(resume_from_checkpoint, "diffusion_pytorch_model.safetensors"))
+        self.vae.load_state_dict(weights)
