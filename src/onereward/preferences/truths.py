@@ -1,0 +1,340 @@
+"""
+What the simulated raters judge by: one measurable truth for each criterion.
+
+A truth is a smooth number for one image under one condition, higher is better. Most of its parts are z-scores, how far
+a measure of the repainted region lies from the same measure on real slices of the same task and modality
+(`calibrate`). With the penalty `p(z) = log(1 + z^2)`, for which the step from good to mediocre weighs as much as the
+one from bad to awful, and with `s(z) = log(1 + e^z)`, the smooth one-sided excess, they are
+
+- **quality** = -p(s(noise)) - p(s(-sharpness)): noise and lack of sharpness against the tissue around the mask.
+- **realism** = -p(s(seam)) - p(texture): a step in brightness along the border of the mask that the pixels beside it
+  do not have; detail spectrum and local contrast, as one length in units of real slices.
+- **clinical_relevance** = -(what the label map asks for) - (what the truth shows). Labels: the mean of p(contrast)
+  over the labelled regions, and 3 (1 - correlation of image and layout). Truth, for removal and extension:
+  p(difference of coarse anatomy / 0.15) and, for removal, p(2 * share of the lesion that is left). Where the truth is
+  unknown, the smooth continuation of the surroundings stands in for it.
+
+None of them is a Dice score, a structural similarity, a pixel-wise error or a distance of network features; those are
+kept for the evaluation.
+"""
+
+import numpy as np
+from scipy import ndimage
+
+
+# ---------------------------------------------------------------------------------------------------------- measures
+
+
+def noise_level(image: np.ndarray, where: np.ndarray) -> float:
+    """
+    Standard deviation of white noise: the median response to Immerkær's noise kernel, which neither edges nor smooth
+    shading excite much.
+
+    Paper: J. Immerkær, Fast Noise Variance Estimation, CVIU 64 (1996), https://doi.org/10.1006/cviu.1996.0060
+
+    Args:
+        image (`np.ndarray` of shape `(H, W)`):
+            Grey image.
+        where (`np.ndarray` of shape `(H, W)`):
+            Pixels to look at, bool.
+
+    Returns:
+        `float`: standard deviation, in the unit of the image.
+    """
+    kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=float)
+    response = ndimage.convolve(image, kernel, mode="nearest")
+    # the kernel has norm 6; the median of |N(0, 1)| is 0.6745
+    return float(np.median(np.abs(response[where])) / (6 * 0.6745))
+
+
+def sharpness(image: np.ndarray, where: np.ndarray) -> float:
+    """
+    Gradient energy of the image over that of the image blurred by 1.5 pixels; brightness and contrast cancel.
+
+    Args: as in `noise_level`.
+
+    Returns:
+        `float`: about 1 for a blurred image, larger for sharper edges.
+    """
+
+    def energy(x):
+        rows, columns = np.gradient(x)
+        return (rows**2 + columns**2)[where].mean()
+
+    return float(energy(image) / (energy(ndimage.gaussian_filter(image, 1.5)) + 1e-5))
+
+
+def border_step(image: np.ndarray, mask: np.ndarray) -> float:
+    """
+    Root mean square step in brightness across the border of the mask, averaged over about three pixels along the
+    border first: texture cancels, a seam does not.
+
+    Args:
+        image (`np.ndarray` of shape `(H, W)`):
+            Grey image.
+        mask (`np.ndarray` of shape `(H, W)`):
+            Bool. The edge of the image is no border.
+
+    Returns:
+        `float`: step in the unit of the image; 0 where there is no border.
+    """
+    step, pairs = np.zeros(image.shape), np.zeros(image.shape)
+    for axis in (0, 1):
+        first, second = (np.s_[:-1], np.s_[1:]) if axis == 0 else (np.s_[:, :-1], np.s_[:, 1:])
+        rise = image[second] - image[first]
+        entering, leaving = mask[second] & ~mask[first], mask[first] & ~mask[second]
+        step[second] += rise * entering
+        step[first] -= rise * leaving
+        pairs[second] += entering
+        pairs[first] += leaving
+    border = pairs > 0
+    if not border.any():
+        return 0.0
+    step = ndimage.gaussian_filter(step, 1.0)[border] / ndimage.gaussian_filter(pairs, 1.0)[border]
+    return float(np.sqrt((step**2).mean()))
+
+
+def quality_measures(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """
+    Noise level and sharpness inside the mask over those of the tissue up to 8 pixels around it, as logarithms.
+
+    Returns:
+        `np.ndarray` of shape `(2,)`: (noise, sharpness).
+    """
+    tissue = _tissue(image)
+    inside = _first_large(ndimage.binary_erosion(mask, border_value=1) & tissue, mask & tissue, mask)
+    near = ndimage.binary_dilation(mask)
+    around = _first_large(ndimage.binary_dilation(near, iterations=8) & ~near & tissue, ~mask & tissue, ~mask)
+    noise = [noise_level(image, where) + 0.004 for where in (inside, around)]  # 0.004 is one grey level of 8 bits
+    sharp = [sharpness(image, where) for where in (inside, around)]
+    return np.log([noise[0] / noise[1], sharp[0] / sharp[1]])
+
+
+def realism_measures(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """
+    Seam and texture of the masked region.
+
+    Returns:
+        `np.ndarray` of shape `(4,)`: seam, the log ratio of the step at the border to the steps one pixel inside and
+        one outside; the log ratio of the finer to the coarser half of detail; mean and standard deviation of the log
+        local contrast.
+    """
+    beside = ndimage.binary_dilation(mask), ndimage.binary_erosion(mask, border_value=1)
+    seam = (border_step(image, mask) + 0.01) / (np.mean([border_step(image, other) for other in beside]) + 0.01)
+    inside = _first_large(mask & _tissue(image), mask)
+    fine, middle, coarse = (ndimage.gaussian_filter(image, sigma) for sigma in (0.8, 1.6, 3.2))
+    bands = [np.sqrt((band[inside] ** 2).mean()) + 0.002 for band in (fine - middle, middle - coarse)]
+    variance = ndimage.gaussian_filter(image**2, 1.5) - ndimage.gaussian_filter(image, 1.5) ** 2
+    contrast = np.log(np.sqrt(np.clip(variance, 0, None))[inside] + 0.005)
+    return np.array([np.log(seam), np.log(bands[0] / bands[1]), contrast.mean(), contrast.std()])
+
+
+def region_contrasts(image: np.ndarray, mask: np.ndarray, label_map: np.ndarray) -> dict[int, float]:
+    """
+    Brightness of each labelled region inside the mask: its mean, in standard deviations of the tissue outside the mask
+    from that tissue's mean. Without any label the whole mask is one region, of label 0.
+
+    Args:
+        image (`np.ndarray` of shape `(H, W)`):
+            Grey image.
+        mask (`np.ndarray` of shape `(H, W)`):
+            Bool.
+        label_map (`np.ndarray` of shape `(H, W)`):
+            Integer labels, 0 = none.
+
+    Returns:
+        `dict[int, float]`: label to contrast, for regions of at least 4 pixels.
+    """
+    tissue = _tissue(image)
+    outside = image[_first_large(~mask & tissue, ~mask)]
+    regions = {int(label): mask & (label_map == label) for label in np.unique(label_map[mask]) if label > 0}
+    return {
+        label: float((image[region].mean() - outside.mean()) / (outside.std() + 0.01))
+        for label, region in (regions or {0: mask}).items()
+        if region.sum() >= 4
+    }
+
+
+def layout_correlation(
+    image: np.ndarray, mask: np.ndarray, label_map: np.ndarray, expected: dict[int, float]
+) -> float:
+    """
+    Pearson correlation, over the mask, of the image blurred by one pixel with the contrast expected of each label.
+
+    Args:
+        image, mask, label_map (`np.ndarray` of shape `(H, W)`):
+            As in `region_contrasts`.
+        expected (`dict[int, float]`):
+            Contrast of each label; 0 is that of unlabelled tissue.
+
+    Returns:
+        `float`: from -1 to 1; 1 where all of the mask is expected to look the same.
+    """
+    inside = mask & (_tissue(image) | (label_map > 0))
+    wanted = np.zeros(image.shape)
+    for label, contrast in expected.items():
+        wanted[label_map == label] = contrast
+    wanted, found = wanted[inside], ndimage.gaussian_filter(image, 1.0)[inside]
+    if inside.sum() < 6 or wanted.std() < 1e-6:
+        return 1.0
+    return float(((wanted - wanted.mean()) * (found - found.mean())).mean() / (wanted.std() * (found.std() + 0.005)))
+
+
+def coarse(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The image inside the mask, averaged with a Gaussian of 2.5 pixels that nothing outside the mask enters."""
+    weight = ndimage.gaussian_filter(mask.astype(float), 2.5)
+    return np.where(mask, ndimage.gaussian_filter(image * mask, 2.5) / np.maximum(weight, 1e-9), 0)
+
+
+def anatomy_difference(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
+    """
+    Root mean square difference of the `coarse` image and truth, in standard deviations of the truth's tissue. The four
+    pixels next to the border count less, the outermost a quarter: a seam is not anatomy.
+    """
+    spread = truth[_first_large(_tissue(truth), np.ones_like(mask))].std() + 0.01
+    weight = np.minimum(_depth(mask), 4)
+    return float(np.sqrt(np.average((coarse(image, mask) - coarse(truth, mask)) ** 2, weights=weight)) / spread)
+
+
+def residual_lesion(image: np.ndarray, source: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
+    """Share of the lesion that is left, by projection of the `coarse` images: 0 in the truth, 1 in the source."""
+    lesion, left = (coarse(x, mask) - coarse(truth, mask) for x in (source, image))
+    return float((left * lesion)[mask].sum() / ((lesion**2)[mask].sum() + 1e-3))
+
+
+def surroundings(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The image with its mask filled by the smooth continuation of what is around, a Gaussian mean of it."""
+    sigma = max(2.0, _depth(mask).max() / 2)
+    weight = ndimage.gaussian_filter((~mask).astype(float), sigma)
+    return np.where(mask, ndimage.gaussian_filter(image * ~mask, sigma) / np.maximum(weight, 1e-9), image)
+
+
+# ------------------------------------------------------------------------------------------------------------- truths
+
+
+def read_condition(row: dict) -> dict:
+    """
+    The arrays of a row (columns of `onereward.data.schema.FEATURES`, pictures decoded) that the measures need.
+
+    Returns:
+        `dict`: `source` and `target` (grey, float in [0, 1], of shape `(H, W)`; `target` may be `None`), `mask`
+        (bool), `label_map` (int), `task` and `modality`.
+    """
+    mask = np.asarray(row["mask"]) > 0
+    label_map = np.zeros(mask.shape, np.uint8) if row["label_map"] is None else np.asarray(row["label_map"])
+    target = None if row["target"] is None else grey(row["target"])
+    names = {"task": row["task"], "modality": row["modality"]}
+    return {"source": grey(row["image"]), "target": target, "mask": mask, "label_map": label_map, **names}
+
+
+def grey(picture) -> np.ndarray:
+    """An 8-bit grey or colour picture as floats in [0, 1] of shape `(H, W)`, colours averaged."""
+    array = np.asarray(picture, dtype=float) / 255
+    return array if array.ndim == 2 else array.mean(axis=-1)
+
+
+def calibrate(conditions: list[dict]) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
+    """
+    Mean and standard deviation of every measure on real slices: the targets or, where there is none, the sources.
+
+    Statistics of a (task, modality) with n slices are shrunk towards those of all slices with the weight of 4 slices,
+    so that small groups do not run wild.
+
+    Args:
+        conditions (`list[dict]`):
+            Results of `read_condition`.
+
+    Returns:
+        `dict`: `(measure, task, modality)`, or `("contrast", label, modality)`, to `(mean, std)`.
+
+    Raises:
+        `ValueError`: when there are no conditions.
+    """
+    if not conditions:
+        raise ValueError("`conditions` is empty; expected at least one real slice to calibrate the measures on.")
+    found: dict[str, dict[tuple, list]] = {"quality": {}, "realism": {}, "contrast": {}}
+    for condition in conditions:
+        real = condition["source"] if condition["target"] is None else condition["target"]
+        mask, group = condition["mask"], (condition["task"], condition["modality"])
+        found["quality"].setdefault(group, []).append(quality_measures(real, mask))
+        found["realism"].setdefault(group, []).append(realism_measures(real, mask))
+        for label, contrast in region_contrasts(real, mask, condition["label_map"]).items():
+            kind = label if label else condition["task"]
+            found["contrast"].setdefault((kind, condition["modality"]), []).append(contrast)
+
+    calibration = {}
+    for measure, groups in found.items():
+        everything = np.concatenate([np.array(values) for values in groups.values()])
+        residuals = np.concatenate([np.array(values) - np.mean(values, axis=0) for values in groups.values()])
+        variance = residuals.var(axis=0)
+        for group, values in groups.items():
+            n, values = len(values), np.array(values)
+            mean = (values.sum(axis=0) + 4 * everything.mean(axis=0)) / (n + 4)
+            std = np.sqrt((n * values.var(axis=0) + 4 * variance) / (n + 4))
+            calibration[(measure, *group)] = mean, std + 0.05
+    return calibration
+
+
+def judge(image: np.ndarray, condition: dict, calibration: dict) -> dict[str, float]:
+    """
+    The truths of one image, see the top of this file.
+
+    Args:
+        image (`np.ndarray` of shape `(H, W)`):
+            Grey image in [0, 1], equal to the source outside the mask.
+        condition (`dict`):
+            From `read_condition`.
+        calibration (`dict`):
+            From `calibrate`, on slices of the same tasks and modalities.
+
+    Returns:
+        `dict[str, float]`: criterion to truth, 0 at best.
+    """
+    source, mask, label_map, task = (condition[name] for name in ("source", "mask", "label_map", "task"))
+    modality = condition["modality"]
+
+    mean, std = calibration["quality", task, modality]
+    noise, sharp = (quality_measures(image, mask) - mean) / std
+    quality = -_penalty(_excess(noise)) - _penalty(_excess(-sharp))
+
+    mean, std = calibration["realism", task, modality]
+    seam, *texture = (realism_measures(image, mask) - mean) / std
+    realism = -_penalty(_excess(seam)) - _penalty(np.sqrt(np.mean(np.square(texture))))
+
+    relevance = 0.0
+    if task == "fill" or (label_map[mask] > 0).any():
+        contrasts = region_contrasts(image, mask, label_map)
+        real = {label: calibration["contrast", label or task, modality] for label in contrasts}
+        if real:
+            relevance -= np.mean([_penalty((contrasts[label] - m) / s) for label, (m, s) in real.items()])
+        expected = {label: mean for label, (mean, _) in real.items() if label}
+        relevance -= 3 * (1 - layout_correlation(image, mask, label_map, expected))
+    if task != "fill":
+        truth = surroundings(source, mask) if condition["target"] is None else condition["target"]
+        relevance -= _penalty(anatomy_difference(image, truth, mask) / 0.15)
+        if task == "remove":
+            relevance -= _penalty(2 * residual_lesion(image, source, truth, mask))
+    return {"quality": float(quality), "realism": float(realism), "clinical_relevance": float(relevance)}
+
+
+def _penalty(z):
+    return np.log1p(np.square(z))
+
+
+def _excess(z):
+    return np.logaddexp(0, z)
+
+
+def _depth(mask):
+    """Distance to the border of the mask in pixels, 0 outside; the edge of the image is no border."""
+    return ndimage.distance_transform_edt(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1]
+
+
+def _tissue(image):
+    """Where there is something to see, unlike in the empty background around a head."""
+    return ndimage.gaussian_filter(image, 1.0) > 0.06
+
+
+def _first_large(*regions):
+    """The first region of at least 6 pixels, else the last."""
+    return next((region for region in regions if region.sum() >= 6), regions[-1])
