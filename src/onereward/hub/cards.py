@@ -1,7 +1,9 @@
 """Cards of what we publish: Jinja templates of `model_cards/`, filled without a network, the same bytes each time."""
 
+import json
 import platform
 import subprocess
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +20,7 @@ STACK = ("torch", "diffusers", "transformers", "trl", "peft", "accelerate", "dat
 TAGS = ["onereward", "medical-imaging"]
 
 
-def adapter_card(name, base_model, **fields):
+def adapter_card(name, base_model, *, raters, **fields):
     """
     Card of a LoRA adapter tuned on preferences.
 
@@ -71,6 +73,7 @@ def adapter_card(name, base_model, **fields):
         tags=["lora", "template:diffusion-lora", "ddpo", "inpainting", *TAGS],
         base_model=base_model,
         base_model_relation="adapter",
+        **_who_voted(raters),
         **fields,
     )
 
@@ -103,7 +106,7 @@ def pipeline_card(name, *, labels=None, base_model=None, **fields):
     )
 
 
-def reward_model_card(name, criteria, **fields):
+def reward_model_card(name, criteria, *, raters, **fields):
     """
     Card of a reward model. Arguments as in [`adapter_card`], without `base_model` and `example_prompt`, and:
 
@@ -122,6 +125,7 @@ def reward_model_card(name, criteria, **fields):
         library_name="transformers",
         tags=["reward-model", *TAGS],
         criteria=criteria,
+        **_who_voted(raters),
         **fields,
     )
 
@@ -141,7 +145,6 @@ def _card(
     license="apache-2.0",
     datasets=(),
     widget=(),
-    raters=None,
     commit=None,
     environment=None,
     **fields,
@@ -169,7 +172,6 @@ def _card(
             for measure, figures in evaluation.items()
         ],
     )
-    roles = {} if raters is None else raters
     return render_card(
         template,
         metadata=metadata.to_yaml(),
@@ -178,13 +180,24 @@ def _card(
         widget=list(widget),
         eval_dataset=eval_dataset,
         evaluation_table=table(evaluation),
-        simulated_raters=roles.get("simulated", 0),
-        human_raters=sum(count for role, count in roles.items() if role != "simulated"),
-        human_roles=sorted(role for role in roles if role != "simulated"),
         commit=commit,
         environment=current_environment() if environment is None else environment,
         **fields,
     )
+
+
+def _who_voted(raters):
+    if not raters:
+        raise ValueError(
+            f"`raters` is {raters}, but a card about preferences must say whose they are: role -> number of raters, "
+            'e.g. {"simulated": 5} or {"radiologist": 3}.'
+        )
+    people = {role: count for role, count in raters.items() if role != "simulated"}
+    return {
+        "simulated_raters": raters.get("simulated", 0),
+        "human_raters": sum(people.values()),
+        "human_roles": sorted(people),
+    }
 
 
 def render_card(template, **fields):
@@ -202,9 +215,14 @@ def render_card(template, **fields):
         `huggingface_hub.ModelCard`.
     """
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return ModelCard(environment.get_template(f"{template}.md.jinja").render(**fields) + "\n")
+    environment.filters["quoted"] = partial(json.dumps, ensure_ascii=False)  # a string as Python and JSON write it
+    return ModelCard(environment.get_template(f"{template}.md.jinja").render(**fields))
 
 
 def table(rows):

@@ -1,0 +1,119 @@
+"""What the README and the docs tell people to type works.
+
+Python blocks of a page are run one after the other in one process, JSON and YAML blocks are parsed, and of shell
+blocks every make target, script, subcommand and option must exist; the slow tests run the commands too. A block that
+cannot run here (it needs the Hub, or data of the reader's own) is marked in the line above it:
+`<!-- not run: reason -->`.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(
+    r"(?P<skip><!-- not run: [^>]+ -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT / "src"),
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MPLBACKEND": "Agg",
+    "COLUMNS": "300",
+    "NO_COLOR": "1",
+    "TERM": "dumb",
+}
+ONEREWARD = [sys.executable, "-c", "from onereward.cli import main; main()"]
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+
+
+def blocks(page, *languages):
+    """`(line of the first line of code, code)` of each block that is not marked."""
+    text = page.read_text(encoding="utf-8")
+    for match in BLOCK.finditer(text):
+        if match["language"] in languages and not match["skip"]:
+            yield text.count("\n", 0, match.start("code")), match["code"]
+
+
+def commands(page):
+    for _, code in blocks(page, "bash", "sh", "shell", "console"):
+        for line in code.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line.strip().removeprefix("$ "), comments=True):
+                yield [Path(words[0]).name, *words[1:]]  # .venv/bin/onereward is onereward
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """The checkout by its usual relative names, where what an example writes does no harm."""
+    for path in ROOT.iterdir():
+        if path.name not in (".git", ".venv", "runs"):
+            (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def run(command, folder):
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=ENVIRONMENT, check=False)
+    assert result.returncode == 0, f"{shlex.join(map(str, command))}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+@each_page
+def test_python_runs(page, workplace):
+    lines = []
+    for start, code in blocks(page, "python", "py"):
+        lines += [""] * (start - len(lines)) + code.splitlines()  # so that a traceback names the page's own lines
+    script = workplace / f"{page.stem}.py"
+    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run([sys.executable, script], workplace)
+
+
+@each_page
+def test_json_and_yaml_parse(page):
+    for _, code in blocks(page, "json"):
+        assert json.loads(code) is not None
+    for _, code in blocks(page, "yaml", "yml"):
+        assert yaml.safe_load(code) is not None
+
+
+@each_page
+def test_commands_exist(page, workplace):
+    for program, *arguments in commands(page):
+        options = {word.split("=")[0] for word in arguments if re.match(r"--\w", word)}
+        if program == "make":
+            run(["make", "--dry-run", *arguments], ROOT)
+        elif program == "onereward":
+            subcommand = [word for word in arguments[:1] if not word.startswith("-")]
+            known = run([*ONEREWARD, *subcommand, "--help"], workplace)
+            assert options <= set(re.findall(r"--[\w-]+", known)), f"onereward {shlex.join(arguments)}"
+        elif program in ("python", "python3", "accelerate"):
+            for word in arguments:
+                assert "/" not in word or word.startswith(("-", "runs/")) or (ROOT / word).exists(), word
+
+
+@each_page
+def test_relative_links_and_pictures_exist(page):
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r"<img[^>]+src=\"([^\"]+)\"", text)
+    for target in targets:
+        assert re.match(r"[a-z]+:", target) or (page.parent / target).exists(), target
+
+
+@pytest.mark.slow
+@each_page
+def test_commands_run(page, workplace):
+    for program, *arguments in commands(page):
+        if program == "onereward":
+            run([*ONEREWARD, *arguments], workplace)
+        elif program in ("python", "python3"):
+            run([sys.executable, *arguments], workplace)
