@@ -46,11 +46,11 @@ def small_pipeline(
     image_size: int = 64,
     latent_channels: int = 4,
     vae_channels: tuple[int, ...] = (16, 32),
-    unet_channels: tuple[int, ...] = (48, 96, 128),
+    unet_channels: tuple[int, ...] = (32, 64, 128),
     text_channels: int = 64,
 ) -> OneRewardMaskPipeline:
     r"""
-    Builds a [`OneRewardMaskPipeline`] of about five million random parameters, in the layout with label channels if
+    Builds a [`OneRewardMaskPipeline`] of about four million random parameters, in the layout with label channels if
     there are `labels`. Train its VAE with [`VAETrainer`] and its denoiser with [`SFTTrainer`].
 
     Args:
@@ -66,7 +66,7 @@ def small_pipeline(
             Channels of the latents.
         vae_channels (`tuple[int, ...]`, *optional*, defaults to `(16, 32)`):
             Widths of the VAE; each one after the first halves the latents' height and width.
-        unet_channels (`tuple[int, ...]`, *optional*, defaults to `(48, 96, 128)`):
+        unet_channels (`tuple[int, ...]`, *optional*, defaults to `(32, 64, 128)`):
             Widths of the denoiser. Its last level attends to the prompt.
         text_channels (`int`, *optional*, defaults to `64`):
             Width of the text encoder, of two layers.
