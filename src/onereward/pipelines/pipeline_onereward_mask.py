@@ -760,15 +760,15 @@ def _batch(value: PipelineImageInput, name: str) -> torch.Tensor:
                 f"e.g. `.convert('L')`, after windowing to 8 bits: converting here could lose grey levels."
             )
         value = np.array(value)
+    stacks = name != "image"  # masks and label maps have no channels, so that a third axis can count them
     if isinstance(value, np.ndarray):
         value = value[None] if value.ndim == 2 or (value.ndim == 3 and value.shape[-1] in (1, 3)) else value
-        value = value[..., None] if value.ndim == 3 else value
+        value = value[..., None] if value.ndim == 3 and (stacks or len(value) == 1) else value
         value = torch.from_numpy(np.ascontiguousarray(value))
         value = value.permute(0, 3, 1, 2) if value.ndim == 4 else value
     elif torch.is_tensor(value):
-        value = value[None] if value.ndim == 2 else value
-        value = value[None] if value.ndim == 3 and value.shape[0] in (1, 3) else value
-        value = value[:, None] if value.ndim == 3 else value
+        value = value[None] if value.ndim == 2 or (value.ndim == 3 and value.shape[0] in (1, 3)) else value
+        value = value[:, None] if value.ndim == 3 and (stacks or len(value) == 1) else value
     else:
         raise ValueError(f"`{name}` is a {type(value).__name__}, but a PIL image, array, tensor or list is wanted.")
     if value.ndim != 4 or value.shape[1] not in (1, 3):
