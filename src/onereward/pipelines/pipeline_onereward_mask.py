@@ -767,8 +767,8 @@ def _batch(value: PipelineImageInput, name: str) -> torch.Tensor:
         value = torch.from_numpy(np.ascontiguousarray(value))
         value = value.permute(0, 3, 1, 2) if value.ndim == 4 else value
     elif torch.is_tensor(value):
-        value = value[None] if value.ndim == 2 or (value.ndim == 3 and value.shape[0] in (1, 3)) else value
-        value = value[:, None] if value.ndim == 3 and (stacks or len(value) == 1) else value
+        value = value[None] if value.ndim == 2 or (value.ndim == 3 and not stacks) else value
+        value = value[:, None] if value.ndim == 3 else value
     else:
         raise ValueError(f"`{name}` is a {type(value).__name__}, but a PIL image, array, tensor or list is wanted.")
     if value.ndim != 4 or value.shape[1] not in (1, 3):
@@ -800,19 +800,19 @@ def _pixels(image: PipelineImageInput, channels: int) -> torch.Tensor:
         )
     if pixels.shape[1] == 1 and channels == 3:
         pixels = pixels.expand(-1, 3, -1, -1)
-    elif pixels.shape[1] == 3 and channels == 1:
-        if not (torch.equal(pixels[:, 0], pixels[:, 1]) and torch.equal(pixels[:, 0], pixels[:, 2])):
-            raise ValueError(
-                "`image` is a colour image, but this pipeline is grey (`vae.config.in_channels` is 1). Convert it "
-                "first, e.g. `image.convert('L')`."
-            )
-        pixels = pixels[:, :1]
-    return pixels
+    return pixels if channels == 3 else _one_channel(pixels, "image")
+
+
+def _one_channel(batch: torch.Tensor, name: str) -> torch.Tensor:
+    """`(B, C, H, W)` -> `(B, 1, H, W)`, refused where the channels differ."""
+    if not torch.equal(batch, batch[:, :1].expand_as(batch)):
+        raise ValueError(f"`{name}` is coloured, but one channel is wanted. Convert it first, e.g. `.convert('L')`.")
+    return batch[:, :1]
 
 
 def _mask(mask_image: PipelineImageInput) -> torch.Tensor:
     """`mask_image` -> `(B, 1, H, W)`, bool, checked to be binary and not empty."""
-    mask = _batch(mask_image, "mask_image")[:, :1]
+    mask = _one_channel(_batch(mask_image, "mask_image"), "mask_image")
     if mask.dtype != torch.bool:
         high = 255 if mask.dtype == torch.uint8 and mask.max() > 1 else 1
         if not ((mask == 0) | (mask == high)).all():
@@ -832,7 +832,7 @@ def _label_map(label_map: PipelineImageInput, labels: dict[str, int] | None) -> 
     """`label_map` -> `(B, 1, H, W)`, long, checked to hold known labels only."""
     if not labels:
         raise ValueError("`label_map` cannot be used: the config of this pipeline names no `labels`. Leave it out.")
-    values = _batch(label_map, "label_map")[:, :1]
+    values = _one_channel(_batch(label_map, "label_map"), "label_map")
     if values.is_floating_point() and not torch.equal(values, values.round()):
         raise ValueError("`label_map` holds values that are no integers. Give the value of one label at each pixel.")
     unknown = sorted(set(values.unique().tolist()) - set(labels.values()))
