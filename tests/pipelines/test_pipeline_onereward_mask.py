@@ -428,6 +428,19 @@ def test_remove_asks_for_background_throughout(tiny_pipeline, source):
         pipeline.encode_conditions(PROMPT, image, mask, label_map, task="remove")
 
 
+def test_each_image_may_have_its_own_task(tiny_pipeline, source):
+    pipeline = tiny_pipeline()
+    image, mask, _ = source
+    nothing = np.zeros_like(mask)
+    together = pipeline.encode_conditions(None, image, mask, nothing, task=["fill", "remove", "extend"])
+    for i, task in enumerate(("fill", "remove", "extend")):
+        alone = pipeline.encode_conditions(None, image, mask, nothing, task=task)
+        torch.testing.assert_close(together.prompt_embeds[i], alone.prompt_embeds[0])
+        assert torch.equal(together.label_map[i], alone.label_map[0])
+    # A label map of zeros asks `fill` for nothing in particular, and the others for healthy tissue.
+    assert together.label_map.flatten(1).any(1).tolist() == [False, True, True]
+
+
 def test_no_prompt_means_the_prompt_of_the_task(tiny_pipeline, source):
     pipeline = tiny_pipeline()
     image, mask, _ = source

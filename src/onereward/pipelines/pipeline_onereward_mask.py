@@ -70,8 +70,8 @@ class MaskConditions:
         image_latents (`torch.Tensor` of shape `(B, c, h, w)`, *optional*):
             Latents of the whole source, re-imposed outside the mask. Only in the layout of `c` channels.
         label_map (`torch.Tensor` of shape `(B, K, h, w)`, *optional*):
-            Share of each latent cell that each of the `K` labels takes, 0 outside the mask; all 0 where no label map
-            was given. Only in the layout of `2c + 1 + K` channels.
+            Share of each latent cell that each of the `K` labels takes, 0 outside the mask; all 0 where nothing is
+            said. Only in the layout of `2c + 1 + K` channels.
         prompt_embeds (`torch.Tensor` of shape `(B, L, D)`):
             Encoded prompts.
         negative_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*):
@@ -310,7 +310,7 @@ class OneRewardMaskPipeline(
         image: PipelineImageInput = None,
         mask_image: PipelineImageInput = None,
         label_map: PipelineImageInput | None = None,
-        task: str = "fill",
+        task: str | list[str] = "fill",
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str | list[str] | None = None,
@@ -330,20 +330,21 @@ class OneRewardMaskPipeline(
         """
         device = self._execution_device
         channels = self.vae.config.in_channels
-        if task not in TASK_PROMPTS:
+        tasks = [task] if isinstance(task, str) else list(task)
+        if set(tasks) - set(TASK_PROMPTS):
             raise ValueError(f"`task` is {task!r}, but it must be one of {list(TASK_PROMPTS)}.")
         source = _pixels(image, channels)
         pixel_mask = _mask(mask_image)
         labels = None if label_map is None else _label_map(label_map, self.config.labels)
         if prompt is None and prompt_embeds is None:
-            prompt = TASK_PROMPTS[task] if self.text_encoder is not None else ""
+            prompt = [TASK_PROMPTS[t] if self.text_encoder is not None else "" for t in tasks]
         prompt = [prompt] if isinstance(prompt, str) else prompt
         if prompt_embeds is None and not isinstance(prompt, (list, tuple)):
             raise ValueError(f"`prompt` must be text or a list of texts, but it is a {type(prompt).__name__}.")
 
         # One image with many prompts, or one prompt for many images: what comes once is repeated.
         given = {"prompt": prompt if prompt_embeds is None else prompt_embeds, "image": source}
-        given |= {"mask_image": pixel_mask, "label_map": labels}
+        given |= {"mask_image": pixel_mask, "label_map": labels, "task": tasks}
         sizes = {name: len(value) for name, value in given.items() if value is not None}
         batch_size = max(sizes.values())
         if set(sizes.values()) - {1, batch_size}:
@@ -367,10 +368,10 @@ class OneRewardMaskPipeline(
                 "`label_map` has labels outside `mask_image`, where nothing is painted. Set it to 0 there, or widen "
                 "the mask."
             )
-        if labels is not None and task == "remove" and labels.any():
-            raise ValueError("`label_map` must be left out, or 0, when the task is 'remove': nothing is put there.")
-        if task == "remove" and labels is None:
-            labels = torch.zeros_like(pixel_mask, dtype=torch.long)
+        tasks *= batch_size // len(tasks)
+        is_remove = torch.tensor([t == "remove" for t in tasks])
+        if labels is not None and labels.flatten(1).any(1)[is_remove].any():
+            raise ValueError("`label_map` must be left out, or 0, where the task is 'remove': nothing is put there.")
 
         height, width = height or source.shape[-2], width or source.shape[-1]
         if height % self.vae_scale_factor or width % self.vae_scale_factor:
@@ -394,13 +395,14 @@ class OneRewardMaskPipeline(
         else:
             masked_image_latents = self.encode_image(torch.where(canvas_mask > 0.5, 0.5, pixels))  # 0.5: the VAE's 0
         if self.has_label_channels:
-            shape = (batch_size, len(self.config.labels), *mask.shape[-2:])
-            label_latents = torch.zeros(shape, device=device)
+            # By value, since the order of names does not survive `model_index.json`.
+            values = torch.tensor(sorted(self.config.labels.values()), device=device).view(1, -1, 1, 1)
+            says = is_remove
             if labels is not None:
-                # By value, since the order of names does not survive `model_index.json`.
-                values = torch.tensor(sorted(self.config.labels.values()), device=device).view(1, -1, 1, 1)
-                one_hot = (labels.to(device) == values) & pixel_mask
-                label_latents = F.adaptive_avg_pool2d(one_hot.float(), mask.shape[-2:])
+                says = says | labels.flatten(1).any(1) | torch.tensor([t == "extend" for t in tasks])
+            labels = torch.zeros_like(pixel_mask, dtype=torch.long) if labels is None else labels.to(device)
+            one_hot = (labels == values) & pixel_mask & says.to(device).view(-1, 1, 1, 1)
+            label_latents = F.adaptive_avg_pool2d(one_hot.float(), mask.shape[-2:])
         elif labels is not None and labels.any():
             raise ValueError(
                 f"`label_map` cannot be used: this denoiser has {self.unet.config.in_channels} input channels, none "
@@ -575,7 +577,7 @@ class OneRewardMaskPipeline(
         image: PipelineImageInput = None,
         mask_image: PipelineImageInput = None,
         label_map: PipelineImageInput | None = None,
-        task: str = "fill",
+        task: str | list[str] = "fill",
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
@@ -611,9 +613,10 @@ class OneRewardMaskPipeline(
                 (MONAI's inpainting tutorials use the opposite). It must be binary and not empty.
             label_map (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of them, *optional*):
                 What to put where: at each pixel the value of a label of `config.labels`, 0 outside the mask.
-            task (`str`, *optional*, defaults to `"fill"`):
-                `"fill"` paints what the label map or the prompt says; `"remove"` paints healthy tissue: its label map
-                is background throughout; `"extend"` continues the image beyond its field of view.
+            task (`str` or `list[str]`, *optional*, defaults to `"fill"`):
+                `"fill"` paints what the label map says or, if that is 0 throughout, the prompt; `"remove"` paints
+                healthy tissue: its label map is background throughout; `"extend"` continues the image beyond its field
+                of view. One task for all images, or one for each.
             height (`int`, *optional*):
                 Height in pixels at which the denoiser works. Defaults to that of `image`. Set it, with `width`, to the
                 size that the model was trained at when images are larger: they are shrunk for the denoiser, and the

@@ -219,7 +219,8 @@ class SFTTrainer(Trainer):
             inputs["prompts"],
             inputs["targets"],
             inputs["masks"],
-            inputs["label_maps"] if has_labels else None,
+            inputs["label_maps"] * inputs["masks"].long() if has_labels else None,
+            task=inputs["tasks"],
         )
         if has_labels:
             keep = inputs["keep_label_map"].to(conditions.label_map)
