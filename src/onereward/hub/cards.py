@@ -19,8 +19,10 @@ STACK = ("torch", "diffusers", "transformers", "trl", "peft", "accelerate", "dat
 
 TAGS = ["onereward", "medical-imaging"]
 
+NOBODY_VOTED = {"simulated_raters": 0, "human_raters": 0, "human_roles": []}
 
-def adapter_card(name, base_model, *, raters, **fields):
+
+def adapter_card(name, base_model, *, raters=None, **fields):
     """
     Card of a LoRA adapter tuned on preferences.
 
@@ -33,10 +35,11 @@ def adapter_card(name, base_model, *, raters, **fields):
             Where the adapter is to be loaded from: repository or folder.
         training_data (`str`):
             What the adapter was trained on, and the data's licence. Markdown.
-        raters (`dict[str, int]`):
-            Role of the raters -> their number, e.g. `{"simulated": 5}` or `{"radiologist": 3}`.
+        raters (`dict[str, int]`, *optional*):
+            Role of the raters -> their number, e.g. `{"simulated": 5}` or `{"radiologist": 3}`. Left out when the
+            rewards are functions, with no votes behind them.
         num_votes (`int`):
-            Number of votes.
+            Number of votes, when there are raters.
         evaluation (`dict[str, dict]`):
             Measure -> its figures, e.g. `{"ssim": {"before": 0.71, "after": 0.74, "ci95": [0.72, 0.76]}}`. Each key
             becomes a column, a pair a range.
@@ -73,7 +76,7 @@ def adapter_card(name, base_model, *, raters, **fields):
         tags=["lora", "template:diffusion-lora", "ddpo", "inpainting", *TAGS],
         base_model=base_model,
         base_model_relation="adapter",
-        **_who_voted(raters),
+        **(NOBODY_VOTED if raters is None else _who_voted(raters)),
         **fields,
     )
 

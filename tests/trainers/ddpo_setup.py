@@ -1,0 +1,102 @@
+"""A DDPO training small enough for tests. As a script, with a JSON configuration, it is one process of several."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from peft import LoraConfig
+from PIL import Image
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.append(str(Path(__file__).parents[1]))
+
+from conftest import tiny_components  # noqa: E402
+
+from onereward.data.schema import FEATURES  # noqa: E402
+from onereward.pipelines import OneRewardMaskPipeline  # noqa: E402
+from onereward.trainers.ddpo import DDPOConfig, DDPOTrainer  # noqa: E402
+
+
+def make_rows(count=8, size=16, seed=0):
+    """Random pictures with a random box to repaint; one prompt for all, as is common in inpainting."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        mask, labels = np.zeros((2, size, size), np.uint8)
+        top, left = rng.integers(2, 7, 2)
+        mask[top : top + 6, left : left + 7] = 255
+        labels[top + 2 : top + 4, left + 2 : left + 4] = rng.integers(1, 4)
+        image = Image.fromarray(rng.integers(0, 256, (size, size), dtype=np.uint8))
+        rows.append(
+            {
+                "image": image,
+                "mask": Image.fromarray(mask),
+                "label_map": Image.fromarray(labels),
+                "target": image,
+                "prompt": "oedema",
+                "task": "fill",
+                "modality": "t1c",
+                "case_id": f"case-{i}",
+                "source": "random",
+            }
+        )
+    return datasets.Dataset.from_list(rows, features=FEATURES)
+
+
+def brightness(images, masks, **columns):
+    return (images * masks).sum(dim=(1, 2, 3)) / masks.sum(dim=(1, 2, 3))
+
+
+def make_pipeline(scheduler=None, **kwargs):
+    pipeline = OneRewardMaskPipeline(**tiny_components(**kwargs))
+    if scheduler is not None:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_trainer(output_dir, reward_funcs=brightness, pipeline=None, rows=None, eval_rows=None, lora=None, **config):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "num_inference_steps": 6,
+        "window_size": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "epsilon": 1e-3,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+    }
+    torch.manual_seed(0)  # of the adapter's first weights
+    return DDPOTrainer(
+        pipeline or make_pipeline(),
+        reward_funcs,
+        DDPOConfig(output_dir=str(output_dir), **{**defaults, **config}),
+        make_rows() if rows is None else rows,
+        eval_rows,
+        LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v", "conv1"], **(lora or {})),
+    )
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    config = json.loads(sys.argv[1])
+    trainer = make_trainer(**config)
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in trainer.policy_parameters])
+    path = Path(config["output_dir"], f"result_{trainer.args.process_index}.json")
+    path.write_text(json.dumps({"weights": weights.tolist(), "world": trainer.args.world_size, "beta": trainer.beta}))

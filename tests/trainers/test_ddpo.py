@@ -1,0 +1,423 @@
+"""DDPO learns, starts exactly on-policy, resumes exactly, and does not care how many processes share the work."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from onereward.hub.adapters import load_adapter
+from onereward.policy import seeded_generator
+
+
+sys.path.append(str(Path(__file__).parent))
+
+from ddpo_setup import brightness, logged, make_pipeline, make_rows, make_trainer  # noqa: E402
+
+
+def flat(parameters):
+    return torch.cat([p.detach().flatten() for p in parameters])
+
+
+# ----------------------------------------------------------------------------------------------------------- on-policy
+
+CHAINS = [
+    *({"layout": layout} for layout in ("c", "2c+1", "2c+1+K")),
+    *({"prediction_type": p, "timestep_spacing": s} for p in ("epsilon", "sample") for s in ("leading", "linspace")),
+    {"rescale_betas_zero_snr": True},
+    {"guidance_scale": 2.0},
+    {"bf16": True},
+    {"same_initial_noise": False},
+]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "-".join(map(str, chain.values())))
+def test_ratio_of_an_untouched_policy_is_exactly_one(tmp_path, chain):
+    scheduler = {k: chain[k] for k in ("timestep_spacing", "rescale_betas_zero_snr") if k in chain}
+    parts = {k: chain[k] for k in ("layout", "prediction_type") if k in chain}
+    options = {k: v for k, v in chain.items() if k not in {**scheduler, **parts}}
+    pipeline = make_pipeline(scheduler, **parts)
+    # two updates for each of two passes over a rollout, so that old log-probabilities are really compared
+    trainer = make_trainer(
+        tmp_path,
+        pipeline=pipeline,
+        learning_rate=0.0,
+        gradient_accumulation_steps=1,
+        steps_per_generation=2,
+        num_iterations=2,
+        max_steps=4,
+        **options,
+    )
+    trainer.train()
+    assert logged(trainer, "ratio/max_deviation") == [0.0] * 4
+    assert logged(trainer, "ratio/mean") == [1.0] * 4
+    assert logged(trainer, "clip_ratio") == [0.0] * 4
+    assert all(math.isfinite(value) and value > 0 for value in logged(trainer, "grad_norm"))
+
+
+def test_training_refuses_when_rollout_and_training_pass_differ(tmp_path):
+    trainer = make_trainer(tmp_path, lora={"lora_dropout": 0.5, "init_lora_weights": False})
+    with pytest.raises(ValueError, match=r"(?s)off 1 by up to .*`epsilon` \(0.001\).*lora_dropout=0"):
+        trainer.train()
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+def test_reward_of_unseen_conditions_rises(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        rows=make_rows(24),
+        eval_rows=make_rows(6, seed=1),
+        per_device_train_batch_size=32,
+        gradient_accumulation_steps=1,
+        num_generations=8,
+        learning_rate=2e-2,
+        max_steps=20,
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_reward"] > before["eval_reward"]
+    assert after["eval_reward_gain"] > 1
+    assert after["eval_reward_gain"] == pytest.approx(
+        (after["eval_reward"] - before["eval_reward"]) / before["eval_reward_std"]
+    )
+
+
+def test_only_the_adapter_changes(tmp_path):
+    pipeline = make_pipeline()
+    trainer = make_trainer(tmp_path, pipeline=pipeline)
+    modules = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    before = [{name: p.detach().clone() for name, p in module.named_parameters()} for module in modules]
+    trainer.train()
+    changed = {
+        name
+        for module, parameters in zip(modules, before, strict=True)
+        for name, parameter in module.named_parameters()
+        if not torch.equal(parameter, parameters[name])
+    }
+    assert changed and all("lora_" in name for name in changed)
+
+
+def test_a_reward_that_cannot_tell_images_apart_moves_nothing(tmp_path):
+    for rewards in (lambda images, **_: [3] * len(images), lambda images, **_: [None] * len(images)):
+        trainer = make_trainer(tmp_path, rewards)
+        before = flat(trainer.policy_parameters)
+        trainer.train()
+        assert torch.equal(before, flat(trainer.policy_parameters))
+
+
+def test_penalty_pulls_back_to_the_reference(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        lambda images, **_: torch.zeros(len(images)),
+        lora={"init_lora_weights": False},
+        beta=1.0,
+        num_iterations=12,  # of one rollout, so that the same divergence is measured each time
+        max_steps=12,
+    )
+    trainer.train()
+    kl = logged(trainer, "kl")
+    assert kl[0] > 0 and kl[-1] < 0.7 * kl[0]
+
+
+def test_beta_follows_its_target(tmp_path):
+    trainer = make_trainer(tmp_path, lora={"init_lora_weights": False}, beta=0.5, kl_target=1e-9, max_steps=3)
+    trainer.train()
+    assert logged(trainer, "beta") == [1.0, 2.0, 4.0]
+
+
+# ------------------------------------------------------------------------------------------------------------- rollout
+
+
+def test_generation_is_that_of_the_pipeline(tmp_path):
+    for layout in ("c", "2c+1+K"):
+        pipeline, rows = make_pipeline({"timestep_spacing": "leading"}, layout=layout), make_rows(3)
+        trainer = make_trainer(tmp_path, pipeline=pipeline, num_inference_steps=5)
+        conditions, _ = trainer._encode(rows, [0, 1, 2])
+        keys = [(0, 9, i) for i in range(3)]
+        images, _, _ = trainer.generate(conditions, keys)
+        noise = torch.stack([torch.randn(4, 8, 8, generator=seeded_generator(*key, 0)) for key in keys])
+        expected = pipeline(
+            list(rows["prompt"]),
+            list(rows["image"]),
+            list(rows["mask"]),
+            label_map=list(rows["label_map"]) if layout == "2c+1+K" else None,
+            latents=noise,
+            num_inference_steps=5,
+            output_type="np",
+        ).images
+        torch.testing.assert_close(images, torch.from_numpy(expected).permute(0, 3, 1, 2), rtol=0, atol=1e-5)
+
+
+def test_members_share_what_comes_before_the_window_and_differ_after(tmp_path):
+    trainer = make_trainer(tmp_path)
+    conditions, _ = trainer._encode(make_rows(2), [0, 1])
+    calls = []
+    denoise = trainer.pipeline.denoise
+    trainer.pipeline.denoise = lambda latents, *args, **kwargs: (
+        calls.append(len(latents)) or denoise(latents, *args, **kwargs)
+    )
+    images, latents, log_probs = trainer.generate(conditions, [(1,), (2,)], 4, range(2, 4), batch_size=4)
+    assert calls == [2, 2] + [4] * 8  # 2 shared steps of 2 groups, then 4 steps of 8 images in batches of 4
+    assert latents.shape == (8, 3, 4, 8, 8) and log_probs.shape == (8, 2)
+    for group in (slice(0, 4), slice(4, 8)):
+        assert torch.equal(latents[group, 0], latents[group, 0][:1].expand(4, -1, -1, -1))
+        assert len({round(float(image.double().sum()), 6) for image in images[group]}) == 4
+    assert not torch.equal(latents[0, 0], latents[4, 0])
+
+
+def test_pixels_outside_the_mask_are_those_of_the_source(tmp_path):
+    trainer = make_trainer(tmp_path)
+    conditions, _ = trainer._encode(make_rows(2), [0, 1])
+    images, _, _ = trainer.generate(conditions, [(1,), (2,)], 4, range(1, 3))
+    sources = conditions.image.repeat_interleave(4, dim=0)
+    outside = ~conditions.pixel_mask.repeat_interleave(4, dim=0)
+    assert torch.equal(images[outside], sources[outside])
+    assert not torch.equal(images[~outside], sources[~outside])
+
+
+def test_conditions_are_encoded_once_a_group_and_rollout(tmp_path):
+    trainer = make_trainer(tmp_path, num_iterations=2, max_steps=4)
+    counts = {"vae": 0, "text": 0}
+    encode, encode_text = trainer.pipeline.vae.encode, trainer.pipeline.text_encoder.forward
+
+    def count_images(pixels, *args, **kwargs):
+        counts["vae"] += len(pixels)
+        return encode(pixels, *args, **kwargs)
+
+    def count_texts(input_ids, *args, **kwargs):
+        counts["text"] += len(input_ids)
+        return encode_text(input_ids, *args, **kwargs)
+
+    trainer.pipeline.vae.encode, trainer.pipeline.text_encoder.forward = count_images, count_texts
+    trainer.train()
+    assert counts == {"vae": 4, "text": 4}  # two rollouts of two groups
+
+
+def test_every_row_has_its_turn_in_each_epoch(tmp_path):
+    trainer = make_trainer(tmp_path)
+    epochs = [[row for i in range(4) for row in trainer.rollout_rows(4 * epoch + i)] for epoch in range(2)]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- rewards
+
+
+def test_reward_functions_get_the_images_and_every_column(tmp_path):
+    seen = {}
+
+    def spy(**arguments):
+        seen.update(arguments)
+        return arguments["images"].mean(dim=(1, 2, 3))
+
+    make_trainer(tmp_path, spy, max_steps=1).train()
+    assert set(seen) == {
+        *("images", "masks", "sources", "label_maps", "prompts"),
+        *("task", "modality", "case_id", "source", "target"),
+    }
+    assert seen["images"].shape == seen["sources"].shape == seen["masks"].shape == seen["label_maps"].shape
+    assert seen["images"].shape == (8, 1, 16, 16) and seen["images"].min() >= 0 and seen["images"].max() <= 1
+    assert seen["case_id"][:4] == seen["case_id"][:1] * 4 and seen["case_id"][0] != seen["case_id"][4]
+    assert seen["label_maps"].dtype == torch.int64 and all(isinstance(prompt, str) for prompt in seen["prompts"])
+    assert torch.equal(seen["images"][seen["masks"] == 0], seen["sources"][seen["masks"] == 0])
+
+
+def test_heads_are_logged_by_name_and_weighed(tmp_path):
+    def heads(images, **_):
+        values = images.mean(dim=(1, 2, 3))
+        return {"light": values, "dark": -values}
+
+    trainer = make_trainer(tmp_path, [heads, brightness], reward_weights=[1.0, 1.0, 0.0], max_steps=1)
+    before = flat(trainer.policy_parameters)
+    trainer.train()
+    for name in ("light", "dark", "brightness"):
+        assert len(logged(trainer, f"rewards/{name}/mean")) == len(logged(trainer, f"rewards/{name}/std")) == 1
+    assert logged(trainer, "reward")[0] == pytest.approx(0, abs=1e-6)
+    assert (flat(trainer.policy_parameters) - before).abs().max() < 1e-4  # the two cancel: rounding is left
+
+
+def test_wrong_rewards_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="different names"):
+        make_trainer(tmp_path, [brightness, brightness]).train()
+    with pytest.raises(ValueError, match=r"one weight for each of the heads \['brightness'\]"):
+        make_trainer(tmp_path, brightness, reward_weights=[1.0, 2.0]).train()
+
+
+# --------------------------------------------------------------------------------------- evaluation, logging and files
+
+
+def test_evaluation_is_deterministic_and_in_batches_of_any_size(tmp_path):
+    rows = make_rows(5, seed=1)
+    trainer = make_trainer(tmp_path, eval_rows=rows, per_device_eval_batch_size=5)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_reward"] == second["eval_reward"] and second["eval_reward_gain"] == 0
+    assert first["eval_reward"] == first["eval_rewards/brightness/mean"] and first["eval_reward_std"] > 0
+    trainer.args.per_device_eval_batch_size = 2
+    assert trainer.evaluate()["eval_reward"] == pytest.approx(first["eval_reward"], abs=1e-5)
+
+
+def test_samples_go_to_a_folder_and_to_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "logs")
+    try:
+        make_trainer(tmp_path, log_samples_steps=1, report_to="tensorboard").train()
+    finally:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step_000000.png", "step_000001.png"]
+    events = EventAccumulator(str(tmp_path / "logs"), size_guidance={"images": 0})
+    events.Reload()
+    assert [event.step for event in events.Images("samples")] == [0, 1]
+    assert {"train/reward", "train/images_per_second", "train/time_outside_denoiser"} <= set(events.Tags()["scalars"])
+
+
+def test_saved_adapter_gives_the_images_of_the_trainer(tmp_path):
+    trainer = make_trainer(tmp_path, ema_decay=0.5)
+    trainer.train()
+    trainer.save_model()
+    conditions, _ = trainer._encode(make_rows(2), [0, 1])
+    trainer.swap_ema()
+    expected, _, _ = trainer.generate(conditions, [(1,), (2,)])
+    trainer.swap_ema()
+    raw, _, _ = trainer.generate(conditions, [(1,), (2,)])
+    assert not torch.equal(raw, expected)
+
+    pipeline = make_pipeline()
+    load_adapter(pipeline, tmp_path)
+    pipeline.scheduler.set_timesteps(6)
+    latents = torch.stack([torch.randn(4, 8, 8, generator=seeded_generator(i, 0)) for i in (1, 2)])
+    with torch.no_grad():
+        for t in pipeline.scheduler.timesteps:
+            # 6 steps do not divide 1000: the trainer's own chain decides what follows
+            step = trainer.timesteps.tolist().index(int(t))
+            latents = trainer._transition(step, pipeline.denoise(latents, t, conditions), latents, conditions, eta=0.0)
+            latents = latents.next_sample
+        images = pipeline.decode(latents, conditions)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"} <= files
+    assert not any(name.endswith((".bin", ".pt")) or name == "model.safetensors" for name in files)
+
+
+def test_card_says_what_was_done(tmp_path):
+    trainer = make_trainer(tmp_path, eval_rows=make_rows(2, seed=1), eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    trainer.create_model_card(model_name="adapter", dataset_name="boxes")
+    text = " ".join((tmp_path / "README.md").read_text().split())
+    assert "Research use only, not for clinical use." in text
+    assert "2 updates of DDPO on 8 conditions of boxes, 4 images of each at a time." in text
+    assert "no votes behind them" in text and "2 unseen conditions" in text
+    assert f"{logged(trainer, 'eval_reward')[-1]:.4g}" in text
+
+
+# --------------------------------------------------------------------------------------------- resuming and processes
+
+
+@pytest.mark.parametrize("stop", [2, 3], ids=["between-rollouts", "within-a-rollout"])
+def test_resumed_training_is_the_uninterrupted_one(tmp_path, stop):
+    config = {
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": 2,
+        "ema_decay": 0.9,
+        "beta": 0.1,
+        "kl_target": 1e-5,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "save_steps": stop,
+        "max_steps": 6,
+    }
+    whole = make_trainer(tmp_path / "whole", **config)
+    whole.train()
+    checkpoint = tmp_path / "whole" / f"checkpoint-{stop}"
+    assert (checkpoint / "rollout_0.safetensors").exists() == (stop % 2 == 1)
+
+    resumed = make_trainer(tmp_path / "resumed", **config)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(flat(resumed.policy_parameters), flat(whole.policy_parameters))
+    assert torch.equal(flat(resumed.ema), flat(whole.ema))
+    assert resumed.beta == whole.beta != config["beta"]
+    for ours, theirs in zip(
+        resumed.optimizer.state_dict()["state"].values(), whole.optimizer.state_dict()["state"].values(), strict=True
+    ):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert list(resumed.pipeline.unet.peft_config) == ["default"]
+    assert resumed.state.global_step == whole.state.global_step == 6
+    for name in ("loss", "reward", "kl"):
+        after = len(logged(whole, name)) - len([e for e in whole.state.log_history if e["step"] <= stop and name in e])
+        assert logged(resumed, name)[-after:] == logged(whole, name)[-after:]
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
+    weights = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(tmp_path, activation_checkpointing=checkpointing)
+        trainer.train()
+        assert trainer.pipeline.unet.is_gradient_checkpointing == checkpointing
+        weights.append(flat(trainer.policy_parameters))
+    torch.testing.assert_close(*weights)
+
+
+def test_checkpoint_holds_the_adapter_and_not_the_denoiser(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    with safe_open(tmp_path / "checkpoint-2" / "adapter_model.safetensors", "pt") as file:
+        assert all("lora_" in name for name in file.keys())
+    assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+
+
+def test_two_processes_give_the_weights_of_one(tmp_path):
+    config = {"beta": 0.1, "kl_target": 1e-5, "max_steps": 2, "epsilon": 1e-2}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    arguments = {**config, "output_dir": str(tmp_path), "gradient_accumulation_steps": 1}
+    subprocess.run(
+        [*command, str(Path(__file__).with_name("ddpo_setup.py")), json.dumps(arguments)],
+        check=True,
+        timeout=250,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    results = [json.loads((tmp_path / f"result_{rank}.json").read_text()) for rank in range(2)]
+    assert [result["world"] for result in results] == [2, 2]
+    assert results[0] == results[1]
+
+    trainer = make_trainer(tmp_path / "one", gradient_accumulation_steps=2, **config)
+    before = flat(trainer.policy_parameters)
+    trainer.train()
+    after = flat(trainer.policy_parameters)
+    torch.testing.assert_close(torch.tensor(results[0]["weights"]), after, rtol=1e-4, atol=1e-5)
+    assert (after - before).abs().max() > 1e-3
+    assert results[0]["beta"] == trainer.beta
+
+
+# ------------------------------------------------------------------------------------------------------- bad settings
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_generations": 3}, "multiple of `num_generations`"),
+        ({"num_generations": 1}, "at least 2"),
+        ({"steps_per_generation": 3}, "multiple of `gradient_accumulation_steps`"),
+        ({"window_size": 6}, "`window_size` is 6"),
+        ({"eta": 0.0}, "`eta` is 0"),
+        ({"kl_target": 0.1}, "set `beta`"),
+        ({"gradient_accumulation_steps": 20}, "`train_dataset` has 8 rows"),
+    ],
+)
+def test_impossible_settings_are_refused_with_the_remedy(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **config)
+
+
+def test_a_denoiser_without_adapter_is_refused(tmp_path):
+    from onereward.trainers.ddpo import DDPOConfig, DDPOTrainer
+
+    with pytest.raises(ValueError, match="`peft_config` is missing"):
+        DDPOTrainer(make_pipeline(), brightness, DDPOConfig(output_dir=str(tmp_path), use_cpu=True), make_rows())
