@@ -742,8 +742,11 @@ class DDPOTrainer(Trainer):
         ratio = (transition.log_prob - inputs["old_log_probs"]).exp()
         loss = clipped_surrogate(ratio, inputs["advantages"], self.args.epsilon, self.args.epsilon_high).mean()
         if self.beta > 0:
-            reference_mean = self._transition(step, reference_output, latents, conditions, eta=0.0).mean
-            kl = gaussian_kl(transition.mean, reference_mean, transition.std, conditions.mask).mean()
+            # With the same `eta`: the mean of a stochastic step is another than that of a deterministic one.
+            reference = self._transition(
+                step, reference_output, latents, conditions, eta=self.args.eta, next_sample=inputs["next_latents"]
+            )
+            kl = gaussian_kl(transition.mean, reference.mean, transition.std, conditions.mask).mean()
             loss = loss + self.beta * kl
             self._update_kl.append(kl.detach())
             self._metrics["kl"].append(kl.detach())
