@@ -1,0 +1,183 @@
+"""The `onereward` command. Research use only, not for clinical use."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onereward import __version__
+
+
+# Heavy imports stay inside the commands, so that `onereward --help` answers at once.
+app = typer.Typer(
+    help="Preference-tuned, mask-guided medical image generation. Research use only, not for clinical use.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+BASE = Path("pipelines/onereward-brats")
+
+
+def default_pipeline() -> str:
+    """The base that comes with the sources: here, or beside the package."""
+    beside = Path(__file__).resolve().parents[2] / BASE
+    return str(beside if beside.is_dir() and not BASE.is_dir() else BASE)
+
+
+Pipeline = Annotated[
+    str, typer.Option(help="Pipeline to use: a folder or a Hub id.", default_factory=default_pipeline)
+]
+
+
+def version(value: bool) -> None:
+    if value:
+        typer.echo(f"onereward {__version__}. Research use only, not for clinical use.")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    pipeline: Pipeline,
+    data: Annotated[
+        Path | None, typer.Option(help="Rows that `onereward data` wrote; the built-in phantom if left out.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    restart: Annotated[bool, typer.Option(help="Delete what an earlier run left there.")] = False,
+) -> None:
+    """Run the whole loop: votes, reward model, DDPO, evaluation on unseen cases, report. About 8 minutes."""
+    from onereward.demo import DemoSettings, run_demo
+
+    if data is not None and not data.is_dir():
+        raise ValueError(f"--data is {str(data)!r}, which is no folder. Write one with `onereward data`.")
+    settings = DemoSettings(pipeline=_pipeline_name(pipeline), data=None if data is None else str(data), seed=seed)
+    try:
+        run_demo(output, settings, restart)
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. What is finished is kept in {output}: run the same command again to go on.", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def data(
+    folder: Annotated[Path, typer.Argument(help="Folder of images and masks.")],
+    output: Annotated[Path, typer.Option(help="Folder to write the rows to.")],
+    layout: Annotated[str, typer.Option(help="imagefolder, or brisc for a BRISC 2025 sample.")] = "imagefolder",
+    size: Annotated[int, typer.Option(help="Height and width of the rows in pixels.")] = 64,
+    task: Annotated[str, typer.Option(help="fill, remove or extend, where the metadata does not say.")] = "fill",
+    modality: Annotated[str, typer.Option(help="Modality, where the metadata does not say.")] = "medical",
+    color: Annotated[bool, typer.Option(help="Keep colours.")] = False,
+    margin: Annotated[float, typer.Option(help="Pixels that masks are grown by.")] = 0.0,
+    test_fraction: Annotated[float, typer.Option(help="Share of the cases that are kept unseen.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+) -> None:
+    """Bring a folder of images and masks into the row schema, split by case into train and test."""
+    from onereward.data.folder import load_folder, read_brisc
+    from onereward.data.schema import split_by_case
+
+    if layout not in ("imagefolder", "brisc"):
+        raise ValueError(f"--layout is {layout!r}, but it must be imagefolder or brisc.")
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"--output is {str(output)!r}, which is not empty. Name another folder, or delete it.")
+    rows = load_folder(
+        folder,
+        size=size,
+        task=task,
+        modality=modality,
+        mode="RGB" if color else "L",
+        margin=margin,
+        metadata=read_brisc(folder, task) if layout == "brisc" else None,
+    )
+    parts = split_by_case(rows, {"train": 1 - test_fraction, "test": test_fraction}, seed)
+    partial = output.with_name(f"{output.name}.partial")
+    parts.save_to_disk(partial)
+    if output.exists():
+        output.rmdir()
+    os.replace(partial, output)
+    counts = ", ".join(f"{len(part)} rows of {len(set(part['case_id']))} cases for {n}" for n, part in parts.items())
+    typer.echo(f"Wrote {output}: {counts}.")
+
+
+@app.command()
+def generate(
+    pipeline: Pipeline,
+    image: Annotated[Path, typer.Argument(help="The source, PNG or JPEG.")],
+    mask: Annotated[Path, typer.Argument(help="The mask, of the same size: white = repaint.")],
+    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("synthetic.png"),
+    task: Annotated[str, typer.Option(help="fill, remove or extend.")] = "fill",
+    prompt: Annotated[str | None, typer.Option(help="What to paint.")] = None,
+    label_map: Annotated[Path | None, typer.Option(help="PNG whose grey values are labels.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter: a folder or a Hub id.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Weight of guidance; 1 is off.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+) -> None:
+    """Repaint the masked part of one image. Every pixel outside the mask stays as it was."""
+    import torch
+    from PIL import Image, ImageOps
+    from PIL.PngImagePlugin import PngInfo
+
+    from onereward.pipelines import OneRewardMaskPipeline
+
+    def read(path: Path):
+        if not path.is_file():
+            raise ValueError(f"there is no file {str(path)!r}.")
+        return ImageOps.exif_transpose(Image.open(path))
+
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output is {str(output)!r}, but a name that ends in .png is wanted: it loses no pixel.")
+    source, mask_image = read(image), read(mask)
+    labels = None if label_map is None else read(label_map)
+    pipe = OneRewardMaskPipeline.from_pretrained(_pipeline_name(pipeline))
+    if adapter is not None:
+        pipe.load_lora_weights(adapter)
+        if not pipe.get_active_adapters():
+            raise ValueError(f"--adapter is {adapter!r}, where no adapter in diffusers format was found.")
+    work_size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    result = pipe(
+        prompt,
+        source,
+        mask_image,
+        labels,
+        task=task,
+        height=work_size,
+        width=work_size,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(seed),
+    ).images[0]
+    marks = PngInfo()
+    marks.add_text("Software", f"onereward {__version__}")
+    marks.add_text("Comment", f"SYNTHETIC: {task} by {Path(pipeline).name}, seed {seed}. Not for clinical use.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.name}.partial")
+    result.save(partial, format="png", pnginfo=marks)
+    os.replace(partial, output)
+    typer.echo(f"Wrote {output}. Synthetic, research use only, not for clinical use.")
+
+
+def _pipeline_name(name: str) -> str:
+    """A folder that exists, or what may be a Hub id; a path that leads nowhere is refused before the Hub is asked."""
+    if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") != 1 or name == str(BASE)):
+        raise ValueError(f"--pipeline is {name!r}, which is neither a folder nor a Hub id such as 'org/name'.")
+    return name
+
+
+def main() -> None:
+    """Runs the command; what is wrong with its input is said in one line, with exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
