@@ -66,7 +66,7 @@ setup(
     # The card templates lie at the top of the repository, for people; in a wheel they are onereward/model_cards.
     packages=[*find_packages("src"), "onereward.model_cards"],
     package_dir={"": "src", "onereward.model_cards": "model_cards"},
-    package_data={"onereward.model_cards": ["*.md.jinja"]},
+    package_data={"": ["*.json", "*.safetensors"], "onereward.model_cards": ["*.md.jinja"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["onereward=onereward.cli:main"]},

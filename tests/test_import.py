@@ -3,6 +3,7 @@
 import statistics
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -28,9 +29,9 @@ def test_import_brings_in_no_heavy_package():
 
 @pytest.mark.parametrize("name", onereward.__all__)
 def test_public_name_resolves(name):
-    value = getattr(onereward, name)
-    assert value.__name__ == name
-    assert value.__module__.startswith("onereward.")
+    module = import_module(f"onereward.{onereward._MODULES[name]}")
+    assert getattr(onereward, name) is getattr(module, name)
+    assert getattr(getattr(onereward, name), "__name__", name) == name
 
 
 def test_every_public_name_is_listed_once():
@@ -41,3 +42,10 @@ def test_every_public_name_is_listed_once():
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'OneRewardPipelin'"):
         _ = onereward.OneRewardPipelin
+
+
+def test_trainers_are_found_in_their_package():
+    trainers = import_module("onereward.trainers")
+    for name in trainers.__all__:
+        assert getattr(trainers, name) is getattr(onereward, name)
+    assert sorted(trainers.__all__) == sorted(n for n, module in onereward._MODULES.items() if "trainers" in module)

@@ -11,19 +11,15 @@ from onereward.hub.autoload import install_import_hook
 
 
 if TYPE_CHECKING:
-    from onereward.data import load_folder, load_phantom
-    from onereward.pipelines import MaskConditions, OneRewardMaskPipeline
+    from onereward.data.folder import load_folder
+    from onereward.data.phantom import load_phantom
+    from onereward.data.schema import LABELS
+    from onereward.pipelines import MaskConditions, OneRewardMaskPipeline, small_pipeline
     from onereward.rewards import OneRewardConfig, OneRewardModel
-    from onereward.trainers import (
-        DDPOConfig,
-        DDPOTrainer,
-        RewardConfig,
-        RewardTrainer,
-        SFTConfig,
-        SFTTrainer,
-        VAEConfig,
-        VAETrainer,
-    )
+    from onereward.trainers.ddpo import DDPOConfig, DDPOTrainer
+    from onereward.trainers.reward import RewardConfig, RewardTrainer
+    from onereward.trainers.sft import SFTConfig, SFTTrainer
+    from onereward.trainers.vae import VAEConfig, VAETrainer
 
 __version__ = "0.1.0"
 
@@ -31,23 +27,26 @@ __version__ = "0.1.0"
 _MODULES = {
     "OneRewardMaskPipeline": "pipelines",
     "MaskConditions": "pipelines",
-    "load_phantom": "data",
-    "load_folder": "data",
+    "small_pipeline": "pipelines",
+    "LABELS": "data.schema",
+    "load_phantom": "data.phantom",
+    "load_folder": "data.folder",
     "OneRewardModel": "rewards",
     "OneRewardConfig": "rewards",
-    "DDPOTrainer": "trainers",
-    "DDPOConfig": "trainers",
-    "SFTTrainer": "trainers",
-    "SFTConfig": "trainers",
-    "VAETrainer": "trainers",
-    "VAEConfig": "trainers",
-    "RewardTrainer": "trainers",
-    "RewardConfig": "trainers",
+    "VAETrainer": "trainers.vae",
+    "VAEConfig": "trainers.vae",
+    "SFTTrainer": "trainers.sft",
+    "SFTConfig": "trainers.sft",
+    "RewardTrainer": "trainers.reward",
+    "RewardConfig": "trainers.reward",
+    "DDPOTrainer": "trainers.ddpo",
+    "DDPOConfig": "trainers.ddpo",
 }
 
 __all__ = [
     "DDPOConfig",
     "DDPOTrainer",
+    "LABELS",
     "MaskConditions",
     "OneRewardConfig",
     "OneRewardMaskPipeline",
@@ -60,6 +59,7 @@ __all__ = [
     "VAETrainer",
     "load_folder",
     "load_phantom",
+    "small_pipeline",
 ]
 
 

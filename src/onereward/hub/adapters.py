@@ -31,8 +31,8 @@ def save_adapter(pipeline, folder, *, base_model, adapter_name="default", state_
             Pipeline whose `unet` has the adapter. It is not changed.
         folder (`str` or `os.PathLike`):
             Where to write; made if needed. Each file is replaced in one step.
-        base_model (`str`):
-            Repository or folder of the pipeline without the adapter.
+        base_model (`str` or `None`):
+            Repository or folder of the pipeline without the adapter; `None` when it was never saved.
         adapter_name (`str`, *optional*, defaults to `"default"`):
             Name of the adapter inside the UNet.
         state_dict (`dict[str, torch.Tensor]`, *optional*):
@@ -67,7 +67,7 @@ def save_adapter(pipeline, folder, *, base_model, adapter_name="default", state_
         )
     config.target_modules, config.exclude_modules = map(_in_order, (config.target_modules, config.exclude_modules))
     config.inference_mode = True
-    config.base_model_name_or_path = str(base_model)
+    config.base_model_name_or_path = None if base_model is None else str(base_model)
     config.auto_mapping = {
         "base_model_class": type(pipeline.unet).__name__,
         "parent_library": type(pipeline.unet).__module__,
