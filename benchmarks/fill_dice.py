@@ -62,16 +62,20 @@ def main():
     for region in [name for name, value in segmenter.labels.items() if value]:
         measure = result.measures[f"fill_dice_{region}"]
         regions[region] = ratio_of_dice(measure, result.case_ids, measure.applies)
+        counted = segmenter.counted_contrasts(region)
         regions[region]["contrasts"] = {
-            modality: ratio_of_dice(measure, result.case_ids, modalities == modality)
-            for modality in segmenter.counted_contrasts(region)
+            modality: {
+                **ratio_of_dice(measure, result.case_ids, modalities == modality),
+                "counts": modality in counted,
+            }
+            for modality in segmenter.modalities
         }
         for name, entry in ((region, regions[region]), *regions[region]["contrasts"].items()):
             low, high = entry["ci95"]
-            indent = "" if name == region else "  "
+            note = "" if entry.get("counts", True) else "   (not counted)"
             print(
-                f"{indent + name:10}{entry['generated']:10.3f}{entry['real']:8.3f}{entry['ratio']:8.3f}"
-                f"   [{low:.3f}, {high:.3f}]"
+                f"{name if name == region else '  ' + name:10}{entry['generated']:10.3f}{entry['real']:8.3f}"
+                f"{entry['ratio']:8.3f}   [{low:.3f}, {high:.3f}]{note}"
             )
     passed = all(entry["ratio"] >= WANTED for entry in regions.values())
     print(json.dumps({"benchmark": "fill_dice", **vars(options), "regions": regions, "passed": passed}))

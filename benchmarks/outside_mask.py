@@ -3,7 +3,7 @@
     python benchmarks/outside_mask.py
 
 Tiny random pipelines are made for every layout, grey and in colour; `--pipeline` runs the calls on that checkpoint
-instead. A uint8 source must come back in uint8 and a float source as the equal floats. Prints JSON; `changed_pixels`
+instead. Arrays and tensors must come back as they went in, uint8 or the equal floats. Prints JSON; `changed_pixels`
 must be 0.
 """
 
@@ -54,7 +54,7 @@ def random_call(rng: np.random.Generator, pipeline: OneRewardMaskPipeline) -> tu
     if dtype.startswith("float"):
         source = rng.random(source.shape).astype(dtype)
     mask = np.stack([random_mask(rng, (height, width)) for _ in range(batch)])
-    task = str(rng.choice(TASKS))
+    task = [str(name) for name in rng.choice(TASKS, batch)]  # one call mixes tasks
     if kind == "pil":
         image = [Image.fromarray(picture.squeeze(-1) if channels == 1 else picture) for picture in source]
         mask_image = [Image.fromarray(m.astype(np.uint8) * 255) for m in mask]
@@ -76,8 +76,9 @@ def random_call(rng: np.random.Generator, pipeline: OneRewardMaskPipeline) -> tu
     }
     if height % 8 or width % 8 or rng.random() < 0.2:  # work at another size and paste into the source
         arguments |= {"height": 32, "width": 24}
-    if pipeline.has_label_channels and task != "remove" and rng.random() < 0.7:
+    if pipeline.has_label_channels and rng.random() < 0.7:
         labels = rng.integers(0, len(LABELS), mask.shape) * mask
+        labels[[name == "remove" for name in task]] = 0
         arguments["label_map"] = torch.from_numpy(labels)[:, None] if kind.startswith("pt") else labels[..., None]
     return arguments, source, mask, kind
 
@@ -91,9 +92,11 @@ def as_array(images, output_type: str) -> np.ndarray:
 
 
 def changed_pixels(output: np.ndarray, source: np.ndarray, mask: np.ndarray) -> int:
-    """Pixels outside the mask that differ; a PIL output of a float source is compared in 8 bits."""
+    """Pixels outside the mask that differ, compared in the type of the output where PIL images change type."""
     if output.dtype == np.uint8 and source.dtype != np.uint8:
         source = (source * 255).round().astype(np.uint8)
+    elif output.dtype != np.uint8 and source.dtype == np.uint8:
+        source = source.astype(np.float32) / 255
     repeats = len(output) // len(source)
     source, mask = source.repeat(repeats, axis=0), mask.repeat(repeats, axis=0)
     return int(((output != source).any(-1) & ~mask).sum())
@@ -124,10 +127,12 @@ def main():
         output = as_array(pipeline(**arguments).images, arguments["output_type"])
         wrong = changed_pixels(output, source, mask)
         if wrong:
-            print(f"{wrong} pixels: {name}, {dtype}, {kind}, {arguments['task']} -> {arguments['output_type']}")
+            print(
+                f"{wrong} pixels: {name}, {dtype}, {kind}, {'/'.join(arguments['task'])} -> {arguments['output_type']}"
+            )
         changed += wrong
         repainted += changed_pixels(output, source, ~mask)
-        counts.update([name, dtype, kind, arguments["task"], "to " + arguments["output_type"]])
+        counts.update([name, dtype, kind, *arguments["task"], "to " + arguments["output_type"]])
     result = {"benchmark": "outside_mask", **vars(options), "changed_pixels": changed}
     # Without a change inside the masks the calls did nothing, and their success would mean nothing.
     result |= {"repainted_pixels": repainted, "calls_by_kind": dict(sorted(counts.items()))}

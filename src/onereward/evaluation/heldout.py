@@ -109,15 +109,12 @@ def generate_images(
         `torch.Tensor` of shape `(len(seeds) * len(dataset), C, H, W)` in [0, 1] on the CPU: all rows with the first
         seed, then all with the second.
     """
-    # One call of the pipeline is for one task.
-    by_task = {task: np.flatnonzero([t == task for t in dataset["task"]]) for task in dict.fromkeys(dataset["task"])}
     batches = [
-        (seed, task, indices[i : i + batch_size])
+        (seed, range(start, min(start + batch_size, len(dataset))))
         for seed in seeds
-        for task, indices in by_task.items()
-        for i in range(0, len(indices), batch_size)
+        for start in range(0, len(dataset), batch_size)
     ]
-    images = None
+    images = []
     progress_settings, training = getattr(pipeline, "_progress_bar_config", {}), pipeline.unet.training
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.eval()
@@ -125,30 +122,27 @@ def generate_images(
         pipeline.disable_lora()
     try:
         with tqdm(total=len(seeds) * len(dataset), desc=description, unit="image") as progress:
-            for seed, task, indices in batches:
-                tensors = rows_to_tensors([dataset[int(i)] for i in indices])
-                uses_labels = pipeline.has_label_channels and task != "remove"
+            for seed, indices in batches:
+                tensors = rows_to_tensors([dataset[i] for i in indices])
                 output = pipeline(
                     prompt=tensors["prompts"],
                     image=tensors["images"],
                     mask_image=tensors["masks"],
-                    label_map=tensors["label_maps"] if uses_labels else None,
-                    task=task,
+                    label_map=tensors["label_maps"] if pipeline.has_label_channels else None,
+                    task=tensors["tasks"],
                     num_inference_steps=num_inference_steps,
                     guidance_scale=guidance_scale,
-                    generator=[torch.Generator().manual_seed(seed * 1_000_003 + int(i)) for i in indices],
+                    generator=[torch.Generator().manual_seed(seed * 1_000_003 + i) for i in indices],
                     output_type="pt",
-                ).images.cpu()
-                if images is None:
-                    images = output.new_empty(len(seeds) * len(dataset), *output.shape[1:])
-                images[torch.from_numpy(indices) + list(seeds).index(seed) * len(dataset)] = output
+                )
+                images.append(output.images.cpu())
                 progress.update(len(indices))
     finally:
         if not adapter:
             pipeline.enable_lora()
         pipeline.unet.train(training)
         pipeline.set_progress_bar_config(**progress_settings)
-    return images
+    return torch.cat(images)
 
 
 def _figures(images: torch.Tensor, tensors: dict, modalities: list[str], segmenter: Segmenter | None) -> dict:
