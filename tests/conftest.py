@@ -17,13 +17,17 @@ from onereward.pipelines import OneRewardMaskPipeline
 from onereward.pipelines.small import train_tokenizer
 
 
-PROMPTS = ["T1-weighted brain MRI with an enhancing tumour", "healthy tissue, no lesion", "oedema in the left hemisphere"]
+PROMPTS = [
+    "T1-weighted brain MRI with an enhancing tumour",
+    "healthy tissue, no lesion",
+    "oedema in the left hemisphere",
+]
 
 
 def tiny_components(layout: str = "2c+1+K", image_channels: int = 1, prediction_type: str = "v_prediction") -> dict:
     """Random components of `OneRewardMaskPipeline`, the same on each call. Layouts: "c", "2c+1", "2c+1+K"."""
     in_channels = {"c": 4, "2c+1": 9, "2c+1+K": 9 + len(LABELS)}[layout]
-    tokenizer = train_tokenizer(PROMPTS, vocab_size=300, max_length=24)
+    tokenizer = train_tokenizer(PROMPTS, vocab_size=300, max_length=77)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = UNet2DConditionModel(

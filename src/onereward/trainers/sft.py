@@ -102,6 +102,9 @@ class _Denoiser(torch.nn.Module):
             conditions = replace(conditions, prompt_embeds=self.pipeline.encode_prompt(prompts)[0])
         return self.pipeline.denoise(latents, timesteps, conditions)
 
+    def activation_checkpointing_enable(self, **kwargs):
+        self.unet.enable_gradient_checkpointing()  # the name that diffusers has for it
+
 
 class SFTTrainer(Trainer):
     r"""
@@ -161,9 +164,6 @@ class SFTTrainer(Trainer):
             for parameter in () if module is None else module.parameters():
                 if parameter.requires_grad:  # in full precision: half of it is too coarse for an optimizer's steps
                     parameter.data = parameter.data.float()
-        if args.gradient_checkpointing:  # `Trainer` would ask for it in a way that diffusers does not know
-            pipeline.unet.enable_gradient_checkpointing()
-            args.gradient_checkpointing = False
         super().__init__(
             model=_Denoiser(pipeline, args.train_text_encoder),
             args=args,
