@@ -241,9 +241,9 @@ def test_weights_in_half_precision_are_trained_in_full(tiny_pipeline, rows, tmp_
 
 def test_gradient_checkpointing_changes_nothing_but_memory(make_trainer):
     plain, checkpointed = make_trainer(max_steps=2), make_trainer(max_steps=2, activation_checkpointing=True)
-    assert checkpointed.pipeline.unet.is_gradient_checkpointing
     plain.train()
     checkpointed.train()
+    assert checkpointed.pipeline.unet.is_gradient_checkpointing and not plain.pipeline.unet.is_gradient_checkpointing
     for a, b in zip(plain.trainable, checkpointed.trainable, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
