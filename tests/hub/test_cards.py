@@ -150,11 +150,13 @@ def test_simulated_raters_are_never_taken_for_people(make):
     assert "No human being" not in text
 
 
-def test_a_card_about_preferences_needs_its_raters():
-    with pytest.raises(ValueError, match="`raters` is {}"):
-        adapter(raters={})
-    with pytest.raises(ValueError, match="`raters` is None"):
-        reward_model(raters=None)
+def test_a_card_without_votes_says_so():
+    text = " ".join(adapter(raters=None, num_votes=None).text.split())
+    assert "This card records no votes" in text
+    assert "None" not in text and "simulated" not in text.lower()
+    for raters in (None, {}):
+        with pytest.raises(ValueError, match="`raters` is .* must say whose preferences it learned"):
+            reward_model(raters=raters)
 
 
 def test_table_rounds_and_leaves_gaps():

@@ -19,10 +19,8 @@ STACK = ("torch", "diffusers", "transformers", "trl", "peft", "accelerate", "dat
 
 TAGS = ["onereward", "medical-imaging"]
 
-NOBODY_VOTED = {"simulated_raters": 0, "human_raters": 0, "human_roles": []}
 
-
-def adapter_card(name, base_model, *, raters=None, **fields):
+def adapter_card(name, base_model, *, raters=None, num_votes=None, **fields):
     """
     Card of a LoRA adapter tuned on preferences.
 
@@ -36,9 +34,9 @@ def adapter_card(name, base_model, *, raters=None, **fields):
         training_data (`str`):
             What the adapter was trained on, and the data's licence. Markdown.
         raters (`dict[str, int]`, *optional*):
-            Role of the raters -> their number, e.g. `{"simulated": 5}` or `{"radiologist": 3}`. Left out when the
-            rewards are functions, with no votes behind them.
-        num_votes (`int`):
+            Role of the raters -> their number, e.g. `{"simulated": 5}` or `{"radiologist": 3}`. Without them the card
+            says that it records no votes.
+        num_votes (`int`, *optional*):
             Number of votes, when there are raters.
         evaluation (`dict[str, dict]`):
             Measure -> its figures, e.g. `{"ssim": {"before": 0.71, "after": 0.74, "ci95": [0.72, 0.76]}}`. Each key
@@ -76,7 +74,7 @@ def adapter_card(name, base_model, *, raters=None, **fields):
         tags=["lora", "template:diffusion-lora", "ddpo", "inpainting", *TAGS],
         base_model=base_model,
         base_model_relation="adapter",
-        **(NOBODY_VOTED if raters is None else _who_voted(raters)),
+        **_who_voted(raters, num_votes),
         **fields,
     )
 
@@ -109,17 +107,24 @@ def pipeline_card(name, *, labels=None, base_model=None, **fields):
     )
 
 
-def reward_model_card(name, criteria, *, raters, **fields):
+def reward_model_card(name, criteria, *, raters, num_votes, **fields):
     """
     Card of a reward model. Arguments as in [`adapter_card`], without `base_model` and `example_prompt`, and:
 
     Args:
+        raters (`dict[str, int]`):
+            Required here: a model of preferences must say whose they are.
         criteria (`list[str]`):
             The heads. `evaluation` has a row for each, e.g. `{"quality": {"pair_accuracy": 0.86, "ceiling": 0.9}}`.
 
     Returns:
         `huggingface_hub.ModelCard`.
     """
+    if not raters:
+        raise ValueError(
+            f"`raters` is {raters}, but the card of a reward model must say whose preferences it learned: role -> "
+            'number of raters, e.g. {"simulated": 5} or {"radiologist": 3}.'
+        )
     return _card(
         "reward_model",
         name,
@@ -128,7 +133,7 @@ def reward_model_card(name, criteria, *, raters, **fields):
         library_name="transformers",
         tags=["reward-model", *TAGS],
         criteria=criteria,
-        **_who_voted(raters),
+        **_who_voted(raters, num_votes),
         **fields,
     )
 
@@ -189,14 +194,11 @@ def _card(
     )
 
 
-def _who_voted(raters):
-    if not raters:
-        raise ValueError(
-            f"`raters` is {raters}, but a card about preferences must say whose they are: role -> number of raters, "
-            'e.g. {"simulated": 5} or {"radiologist": 3}.'
-        )
+def _who_voted(raters, num_votes):
+    raters = raters or {}
     people = {role: count for role, count in raters.items() if role != "simulated"}
     return {
+        "num_votes": num_votes,
         "simulated_raters": raters.get("simulated", 0),
         "human_raters": sum(people.values()),
         "human_roles": sorted(people),
