@@ -127,6 +127,7 @@ def generate(
     from PIL import Image, ImageOps
     from PIL.PngImagePlugin import PngInfo
 
+    from onereward.hub.adapters import load_adapter
     from onereward.pipelines import OneRewardMaskPipeline
 
     def read(path: Path):
@@ -140,9 +141,10 @@ def generate(
     labels = None if label_map is None else read(label_map)
     pipe = OneRewardMaskPipeline.from_pretrained(_pipeline_name(pipeline))
     if adapter is not None:
-        pipe.load_lora_weights(adapter)
-        if not pipe.get_active_adapters():
-            raise ValueError(f"--adapter is {adapter!r}, where no adapter in diffusers format was found.")
+        if os.path.isdir(adapter):
+            load_adapter(pipe, adapter)
+        else:
+            pipe.load_lora_weights(adapter, use_safetensors=True)
     work_size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     result = pipe(
         prompt,

@@ -21,6 +21,7 @@ from onereward.data.schema import rows_to_tensors, split_by_case
 from onereward.evaluation.figures import before_after_figure, reward_curve_figure
 from onereward.evaluation.heldout import compare, evaluate_pipeline
 from onereward.evaluation.segmenter import load_segmenter
+from onereward.hub.adapters import load_adapter
 from onereward.hub.cards import current_environment, source_commit
 from onereward.pipelines import OneRewardMaskPipeline
 from onereward.preferences import CRITERIA, load_votes, make_candidates, save_votes, simulate_votes
@@ -313,7 +314,7 @@ def evaluate(folder: Path, settings: DemoSettings) -> dict:
     """`before_after.png`, and the measures that were never a reward."""
     rows = datasets.load_from_disk(folder / "data" / "unseen")
     pipeline = load_base(folder, settings)
-    pipeline.load_lora_weights(str(folder / "adapter"))
+    load_adapter(pipeline, folder / "adapter")
     arguments = {
         "segmenter": None if settings.data is not None else load_segmenter(),
         "num_inference_steps": settings.num_inference_steps,
