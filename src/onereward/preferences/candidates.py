@@ -7,14 +7,14 @@ from tqdm.auto import tqdm
 
 from onereward.data.schema import FEATURES
 from onereward.preferences.degradations import DEGRADATIONS
-from onereward.preferences.schema import to_png
+from onereward.preferences.schema import content_id, to_png
 
 
-# The row a candidate was made for, and: the row's number, the picture, what made it, and the seed of its chance.
+# The row a candidate was made for, and: the row's identity, the picture, what made it, and the seed of its chance.
 CANDIDATE_FEATURES = datasets.Features(
     {
         **FEATURES,
-        "condition": datasets.Value("int32"),
+        "condition": datasets.Value("string"),
         "candidate": datasets.Image(),
         "model": datasets.Value("string"),
         "seed": datasets.Value("int64"),
@@ -67,7 +67,7 @@ def make_candidates(
 
     Returns:
         `datasets.Dataset`: rows of `CANDIDATE_FEATURES`, the samples of a row before its spoilt ones. Outside the mask
-        all are equal to the source (or the target) bit for bit.
+        all are equal to the source bit for bit.
 
     Raises:
         `ValueError`: when there are no rows, or a number is out of its range.
@@ -111,12 +111,14 @@ def make_candidates(
             column: row[column] if isinstance(row[column], str) or row[column] is None else to_png(row[column])
             for column in FEATURES
         }
+        pictures = [condition[column]["bytes"] for column in ("image", "mask", "label_map")]
+        identity = content_id(row["case_id"], row["task"], row["prompt"], *pictures)
         spoilt = [
-            _spoil(row, samples[index], _spawn_seed(seed, index, num_candidates + number))
+            spoil(row, samples[index], _spawn_seed(seed, index, num_candidates + number))
             for number in range(num_degraded)
         ]
         for picture, maker, own_seed in samples[index] + spoilt:
-            candidate = {"condition": index, "candidate": to_png(picture), "model": maker, "seed": own_seed}
+            candidate = {"condition": identity, "candidate": to_png(picture), "model": maker, "seed": own_seed}
             for column, value in {**condition, **candidate}.items():
                 table[column].append(value)
     return datasets.Dataset.from_dict(table, features=CANDIDATE_FEATURES)
@@ -140,13 +142,14 @@ def _sample(pipeline, rows, seeds, steps, guidance, pipeline_kwargs):
     ).images
 
 
-def _spoil(row, samples, seed):
+def spoil(row, samples, seed):
     """One spoilt candidate: (picture, name of what made it, seed)."""
     rng = np.random.default_rng(seed)
+    mask, label_map = np.asarray(row["mask"]) > 0, np.asarray(row["label_map"])
     picture, maker, _ = samples[rng.integers(len(samples))]
     if row["target"] is not None and rng.random() < 1 / 3:
-        picture, maker = np.asarray(row["target"]), "target"
-    mask, label_map = np.asarray(row["mask"]) > 0, np.asarray(row["label_map"])
+        source, target = np.asarray(row["image"]), np.asarray(row["target"])
+        picture, maker = np.where(mask if source.ndim == 2 else mask[..., None], target, source), "target"
     image = picture / 255
     for name in rng.choice(list(DEGRADATIONS), size=2 if rng.random() < 0.25 else 1, replace=False):
         image = DEGRADATIONS[name](image, mask, label_map, rng, rng.uniform(0.05, 1))

@@ -35,13 +35,16 @@ def seam(image, mask, label_map, rng, strength):
 
 
 def intensity_shift(image, mask, label_map, rng, strength):
-    """One part made 0.1 to 0.4 brighter or darker: a label where there are labels, else a round spot.
-
-    A spot in healthy tissue is what a left-over or invented lesion looks like.
     """
-    weight = _smooth(_part(mask, label_map, rng, 0.2).astype(float), 0.7)
-    shift = (0.1 + 0.3 * strength) * (1 if rng.random() < 0.5 else -1)
-    return _paste(image, mask, image + shift * _like(weight, image) * _tissue(image))
+    One part made 0.1 to 0.4 brighter or darker: a label where there are labels, else a round spot. A spot in healthy
+    tissue is what a left-over or invented lesion looks like.
+    """
+    part = _part(image, mask, label_map, rng, 0.2)
+    shift = 0.1 + 0.3 * strength
+    mean = image[part].mean()
+    if mean + shift > 1 or (mean >= shift and rng.random() < 0.5):
+        shift = -shift
+    return _paste(image, mask, image + shift * _like(_smooth(part.astype(float), 0.7), image) * _tissue(image))
 
 
 def misplaced(image, mask, label_map, rng, strength):
@@ -65,7 +68,7 @@ def missing(image, mask, label_map, rng, strength):
     % to 40 % of the mask.
     """
     lesion = mask & (label_map > 0)
-    part = lesion if strength > 0.5 and lesion.any() else _part(mask, label_map, rng, 0.1 + 0.3 * strength)
+    part = lesion if strength > 0.5 and lesion.any() else _part(image, mask, label_map, rng, 0.1 + 0.3 * strength)
     part = ndimage.binary_dilation(part) & mask
     rim = ndimage.binary_dilation(part, iterations=2) & ~part
     best, donor = np.inf, image
@@ -110,12 +113,13 @@ def _tissue(image):
     return np.clip(image / 0.08, 0, 1)
 
 
-def _part(mask, label_map, rng, share):
-    """A random label inside the mask or, without labels, a random disc that covers about a `share` of it."""
+def _part(image, mask, label_map, rng, share):
+    """A random label inside the mask or, without labels, a random disc of tissue that covers about a `share` of it."""
     present = np.unique(label_map[mask & (label_map > 0)])
     if len(present):
         return mask & (label_map == rng.choice(present))
-    y, x = rng.choice(np.argwhere(mask))
+    seat = mask & (image.reshape(*mask.shape, -1).mean(axis=-1) > 0.08)
+    y, x = rng.choice(np.argwhere(seat if seat.any() else mask))
     radius = max(np.sqrt(share * mask.sum() / np.pi), 1.5)
     rows, columns = np.indices(mask.shape)
     return mask & ((rows - y) ** 2 + (columns - x) ** 2 <= radius**2)

@@ -2,6 +2,7 @@
 
 import io
 import os
+from hashlib import sha256
 from pathlib import Path
 
 import datasets
@@ -53,6 +54,12 @@ def to_png(picture: Image.Image | np.ndarray) -> dict:
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(picture)).save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
+
+
+def content_id(*parts: str | bytes) -> str:
+    """16 hexadecimal digits that stand for these texts and pictures, in this order, and tell nothing else of them."""
+    digests = [sha256(part.encode() if isinstance(part, str) else part).digest() for part in parts]
+    return sha256(b"".join(digests)).hexdigest()[:16]
 
 
 def validate_votes(votes: datasets.Dataset, criteria: tuple[str, ...] = CRITERIA) -> None:

@@ -8,7 +8,6 @@ other (halo), ties (Davidson), and now and then an answer at random (lapse).
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import sha256
 from itertools import combinations
 
 import datasets
@@ -16,7 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from onereward.preferences.bradley_terry import davidson_probabilities
-from onereward.preferences.schema import CRITERIA, VOTE_FEATURES, VOTE_SCHEMA_VERSION
+from onereward.preferences.schema import CRITERIA, VOTE_FEATURES, VOTE_SCHEMA_VERSION, content_id
 from onereward.preferences.truths import calibrate, grey, judge, read_condition
 
 
@@ -101,7 +100,7 @@ def true_utilities(candidates: datasets.Dataset, calibration: dict | None = None
 
     Args:
         candidates (`datasets.Dataset`):
-            Rows of `CANDIDATE_FEATURES`, those of one condition next to each other.
+            Rows of `CANDIDATE_FEATURES`.
         calibration (`dict`, *optional*):
             Statistics of real slices from [`~onereward.preferences.truths.calibrate`]. Taken from the conditions
             themselves when not given.
@@ -109,21 +108,18 @@ def true_utilities(candidates: datasets.Dataset, calibration: dict | None = None
     Returns:
         `np.ndarray` of shape `(len(candidates), 3)`: in the order of `CRITERIA`.
     """
-    numbers = np.array(candidates["condition"])
-    starts = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 1))
-    conditions = {int(numbers[start]): read_condition(candidates[int(start)]) for start in starts}
+    _, first, number = np.unique(candidates["condition"], return_index=True, return_inverse=True)
+    conditions = [read_condition(candidates[int(index)]) for index in first]
     if calibration is None:
-        calibration = calibrate(list(conditions.values()))
-    pictures = candidates.select_columns(["candidate"])
-    truths = np.array(
-        [
-            list(judge(grey(row["candidate"]), conditions[int(number)], calibration).values())
-            for row, number in zip(tqdm(pictures, desc="Judging candidates", unit="image"), numbers, strict=True)
-        ]
-    )
-    means = np.stack([truths[numbers == number].mean(axis=0) for number in conditions])
-    centred = truths - means[np.searchsorted(list(conditions), numbers)]
-    return (truths - truths.mean(axis=0)) / (np.sqrt((centred**2).mean(axis=0)) + 1e-6)
+        calibration = calibrate(conditions)
+    pictures = tqdm(candidates.select_columns(["candidate"]), desc="Judging candidates", unit="image")
+    truths = [
+        judge(grey(row["candidate"]), conditions[n], calibration) for row, n in zip(pictures, number, strict=True)
+    ]
+    truths = np.array([[truth[criterion] for criterion in CRITERIA] for truth in truths])
+    means = np.stack([truths[number == n].mean(axis=0) for n in range(len(conditions))])
+    spread = np.sqrt(((truths - means[number]) ** 2).mean(axis=0))
+    return (truths - truths.mean(axis=0)) / (spread + 1e-6)
 
 
 def simulate_votes(
@@ -178,7 +174,7 @@ def simulate_votes(
     for column in ("image", "mask", "label_map", "candidate"):
         shown = shown.cast_column(column, datasets.Image(decode=False))
     shown = list(shown)
-    members: dict[int, dict[bytes, int]] = {}
+    members: dict[str, dict[bytes, int]] = {}
     for index, row in enumerate(shown):  # of equal pictures only the first
         members.setdefault(row["condition"], {}).setdefault(row["candidate"]["bytes"], index)
 
@@ -249,12 +245,10 @@ def best_possible_accuracy(votes: datasets.Dataset, truths: datasets.Dataset) ->
 def _pair(first: dict, second: dict, created_at: str) -> dict:
     """What all votes on a pair have in common."""
     condition = {column: first[column] for column in ("case_id", "prompt", "task", "image", "mask", "label_map")}
-    pictures = [first[column]["bytes"] for column in ("image", "mask", "candidate")] + [second["candidate"]["bytes"]]
-    texts = [first[column].encode() for column in ("case_id", "task", "prompt")]
     return {
         **condition,
         # from the content alone, so that it tells nothing of what made the pictures
-        "pair_id": sha256(b"".join(sha256(part).digest() for part in texts + pictures)).hexdigest()[:16],
+        "pair_id": content_id(first["condition"], first["candidate"]["bytes"], second["candidate"]["bytes"]),
         "image_0": first["candidate"],
         "image_1": second["candidate"],
         "rater_role": "simulated",

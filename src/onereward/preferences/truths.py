@@ -6,13 +6,14 @@ a measure of the repainted region lies from the same measure on real slices of t
 (`calibrate`). With the penalty `p(z) = log(1 + z^2)`, for which the step from good to mediocre weighs as much as the
 one from bad to awful, and with `s(z) = log(1 + e^z)`, the smooth one-sided excess, they are
 
-- **quality** = -p(s(noise)) - p(s(-sharpness)): noise and lack of sharpness against the tissue around the mask.
+- **quality** = -p(s(noise - 1)) - p(s(-noise - 3)) - p(s(-sharpness)): noise, smoothness like plastic, and lack of
+  sharpness, against the tissue around the mask. A little less noise than real slices have is no fault.
 - **realism** = -p(s(seam)) - p(texture): a step in brightness along the border of the mask that the pixels beside it
   do not have; detail spectrum and local contrast, as one length in units of real slices.
 - **clinical_relevance** = -(what the label map asks for) - (what the truth shows). Labels: the mean of p(contrast)
-  over the labelled regions, and 3 (1 - correlation of image and layout). Truth, for removal and extension:
-  p(difference of coarse anatomy / 0.15) and, for removal, p(2 * share of the lesion that is left). Where the truth is
-  unknown, the smooth continuation of the surroundings stands in for it.
+  over the labelled regions, and 3 (1 - correlation of image and layout). Truth, for removal, for extension and where
+  there is no layout to go by: p(difference of coarse anatomy / 0.15) and, for removal, p(2 * share of the lesion that
+  is left). The other side and the surroundings stand in for a truth that is unknown, see `likely_anatomy`.
 
 None of them is a Dice score, a structural similarity, a pixel-wise error or a distance of network features; those are
 kept for the evaluation.
@@ -203,10 +204,27 @@ def residual_lesion(image: np.ndarray, source: np.ndarray, truth: np.ndarray, ma
 
 
 def surroundings(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image with its mask filled by the smooth continuation of what is around, a Gaussian mean of it."""
-    sigma = max(2.0, _depth(mask).max() / 2)
-    weight = ndimage.gaussian_filter((~mask).astype(float), sigma)
-    return np.where(mask, ndimage.gaussian_filter(image * ~mask, sigma) / np.maximum(weight, 1e-9), image)
+    """The image with its mask filled by the smooth continuation of the tissue around it: a Gaussian mean of that."""
+    sigma = max(2.0, _depth(mask).max())
+    known = (~mask & _tissue(image)).astype(float)
+    weight = ndimage.gaussian_filter(known, sigma, truncate=8)
+    return np.where(mask, ndimage.gaussian_filter(image * known, sigma, truncate=8) / (weight + 1e-12), image)
+
+
+def likely_anatomy(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """
+    What may have been in the mask, where nobody knows: a blend of the other side of the picture, with the weight of
+    the squared correlation of the two sides outside the mask, and the `surroundings`. A brain cut across is symmetric
+    and its other side the better guess; of a picture without symmetry the surroundings remain.
+    """
+    mirrored, mirrored_mask = image[:, ::-1], mask[:, ::-1]
+    smooth = surroundings(image, mask)
+    known = ~mask & ~mirrored_mask & (_tissue(image) | _tissue(mirrored))
+    sides = [ndimage.gaussian_filter(x, 2.5)[known] for x in (smooth, smooth[:, ::-1])]
+    if known.sum() < 6 or min(side.std() for side in sides) < 1e-6:
+        return smooth
+    weight = max(np.corrcoef(*sides)[0, 1], 0) ** 2
+    return np.where(mask & ~mirrored_mask, weight * mirrored + (1 - weight) * smooth, smooth)
 
 
 # ------------------------------------------------------------------------------------------------------------- truths
@@ -221,7 +239,7 @@ def read_condition(row: dict) -> dict:
         (bool), `label_map` (int), `task` and `modality`.
     """
     mask = np.asarray(row["mask"]) > 0
-    label_map = np.zeros(mask.shape, np.uint8) if row["label_map"] is None else np.asarray(row["label_map"])
+    label_map = np.asarray(row["label_map"])
     target = None if row["target"] is None else grey(row["target"])
     names = {"task": row["task"], "modality": row["modality"]}
     return {"source": grey(row["image"]), "target": target, "mask": mask, "label_map": label_map, **names}
@@ -288,29 +306,40 @@ def judge(image: np.ndarray, condition: dict, calibration: dict) -> dict[str, fl
             From `calibrate`, on slices of the same tasks and modalities.
 
     Returns:
-        `dict[str, float]`: criterion to truth, 0 at best.
+        `dict[str, float]`: criterion to truth, 0 at best. A label that no slice of the calibration shows is not
+        judged.
+
+    Raises:
+        `ValueError`: when the calibration has no slice of this task and modality.
     """
     source, mask, label_map, task = (condition[name] for name in ("source", "mask", "label_map", "task"))
     modality = condition["modality"]
+    if ("quality", task, modality) not in calibration:
+        raise ValueError(f"`calibration` has no real slice of task {task!r} and modality {modality!r}; add some.")
 
     mean, std = calibration["quality", task, modality]
     noise, sharp = (quality_measures(image, mask) - mean) / std
-    quality = -_penalty(_excess(noise)) - _penalty(_excess(-sharp))
+    quality = -_penalty(_excess(noise - 1)) - _penalty(_excess(-noise - 3)) - _penalty(_excess(-sharp))
 
     mean, std = calibration["realism", task, modality]
     seam, *texture = (realism_measures(image, mask) - mean) / std
     realism = -_penalty(_excess(seam)) - _penalty(np.sqrt(np.mean(np.square(texture))))
 
     relevance = 0.0
-    if task == "fill" or (label_map[mask] > 0).any():
+    labels = np.unique(label_map[mask])
+    if task == "fill" or labels.any():
         contrasts = region_contrasts(image, mask, label_map)
-        real = {label: calibration["contrast", label or task, modality] for label in contrasts}
+        keys = {label: ("contrast", label or task, modality) for label in contrasts}
+        real = {label: calibration[key] for label, key in keys.items() if key in calibration}
         if real:
             relevance -= np.mean([_penalty((contrasts[label] - m) / s) for label, (m, s) in real.items()])
-        expected = {label: mean for label, (mean, _) in real.items() if label}
-        relevance -= 3 * (1 - layout_correlation(image, mask, label_map, expected))
-    if task != "fill":
-        truth = surroundings(source, mask) if condition["target"] is None else condition["target"]
+        if len(labels) > 1:
+            expected = {label: m for label, (m, _) in real.items()}
+            relevance -= 3 * (1 - layout_correlation(image, mask, label_map, expected))
+    truth = condition["target"]
+    if truth is None and task != "fill":
+        truth = likely_anatomy(source, mask)
+    if truth is not None and (task != "fill" or len(labels) == 1):
         relevance -= _penalty(anatomy_difference(image, truth, mask) / 0.15)
         if task == "remove":
             relevance -= _penalty(2 * residual_lesion(image, source, truth, mask))
