@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from onereward.evaluation.figures import before_after_figure, reward_curve_figur
 from onereward.evaluation.heldout import compare, evaluate_pipeline
 from onereward.evaluation.segmenter import load_segmenter
 from onereward.hub.adapters import load_adapter
-from onereward.hub.cards import current_environment, source_commit
+from onereward.hub.cards import adapter_card, current_environment, source_commit
 from onereward.pipelines import OneRewardMaskPipeline
 from onereward.preferences import CRITERIA, load_votes, make_candidates, save_votes, simulate_votes
 from onereward.rewards import OneRewardConfig, OneRewardModel
@@ -352,6 +353,31 @@ def write_report(folder: Path, settings: DemoSettings, state: dict) -> None:
     }
     _write_json(folder / "report.json", report)
     _write_text(folder / "report.md", report_text(report))
+
+    (folder / "adapter" / "images").mkdir(exist_ok=True)
+    shutil.copyfile(folder / "before_after.png", folder / "adapter" / "images" / "0.png")
+    prompt = datasets.load_from_disk(folder / "data" / "unseen")[0]["prompt"]
+    data = "the built-in phantom" if settings.data is None else "images from a folder"
+    card = adapter_card(
+        name=folder.name,
+        base_model=base_path(folder, settings),
+        repo_id=str(folder / "adapter"),
+        raters=results["votes"]["raters"],
+        num_votes=results["votes"]["num_votes"],
+        training_data=f"{results['data']['train']} conditions of {data}: {results['ddpo']['updates']} DDPO updates.",
+        evaluation={
+            name: {column: entry[column] for column in ("before", "after", "real", "ci95", "n")}
+            for name, entry in results["evaluation"].items()
+        },
+        eval_dataset=f"{results['data']['unseen']} unseen conditions of {data}; none of the measures was a reward",
+        command=" ".join(["onereward", *sys.argv[1:]]),
+        seed=settings.seed,
+        limits=["Its raters were simulated.", "It was tuned for minutes, to show the loop, not to be used."],
+        example_prompt=prompt,
+        widget=[{"text": prompt, "output": {"url": "images/0.png"}}],
+        commit=source_commit(),
+    )
+    _write_text(folder / "adapter" / "README.md", str(card))
 
 
 def report_text(report: dict) -> str:
