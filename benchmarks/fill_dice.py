@@ -23,7 +23,7 @@ WANTED = 0.85
 
 def ratio_of_dice(measure, case_ids: np.ndarray, chosen: np.ndarray) -> dict:
     """Mean Dice on generated and on real slices, their ratio and its 95 % interval by case."""
-    rows = np.flatnonzero(chosen & np.isfinite(measure.values) & np.isfinite(measure.real))
+    rows = np.flatnonzero(chosen)
     weights = resample_cases(case_ids[rows])
     ratios = weighted_mean(measure.values[rows], weights) / weighted_mean(measure.real[rows], weights)
     generated, real = float(measure.values[rows].mean()), float(measure.real[rows].mean())
@@ -33,7 +33,6 @@ def ratio_of_dice(measure, case_ids: np.ndarray, chosen: np.ndarray) -> dict:
         "ratio": round(generated / real, 4),
         "ci95": [round(end, 4) for end in percentile_interval(ratios)],
         "n": len(rows),
-        "n_failed": int(chosen.sum() - len(rows)),
     }
 
 
@@ -59,13 +58,14 @@ def main():
     modalities = np.array(dataset["modality"])
     regions = {}
     print(f"{'':10}{'generated':>10}{'real':>8}{'ratio':>8}   95 % interval")
-    for region in [name for name, value in segmenter.labels.items() if value]:
+    for region, value in {name: value for name, value in segmenter.labels.items() if value}.items():
+        asked = np.array([(np.asarray(label_map) == value).any() for label_map in dataset["label_map"]])
         measure = result.measures[f"fill_dice_{region}"]
         regions[region] = ratio_of_dice(measure, result.case_ids, measure.applies)
         counted = segmenter.counted_contrasts(region)
         regions[region]["contrasts"] = {
             modality: {
-                **ratio_of_dice(measure, result.case_ids, modalities == modality),
+                **ratio_of_dice(measure, result.case_ids, asked & (modalities == modality)),
                 "counts": modality in counted,
             }
             for modality in segmenter.modalities

@@ -71,16 +71,30 @@ def test_tumour_left_in_place_is_found_and_regions_left_out_are_missed(rows, seg
         assert report[f"fill_dice_{region}"]["verdict"] == "worse"
 
 
-def test_dice_counts_the_contrasts_where_the_judge_sees_the_region(rows, segmenter):
+def test_dice_is_of_the_regions_asked_for_where_the_judge_can_see_them(rows, segmenter):
     tensors = tensors_of(rows)
-    measure = measure_images(tensors["targets"], rows, segmenter=segmenter).measures["fill_dice_ET"]
-    expected = [
-        task == "fill" and modality in segmenter.counted_contrasts("ET")
-        for task, modality in zip(rows["task"], rows["modality"], strict=True)
-    ]
-    assert measure.applies.tolist() == expected
-    values = dice_per_region(segmenter, tensors["targets"], tensors["label_maps"], list(rows["modality"]))["ET"]
-    np.testing.assert_array_equal(measure.values, values)
+    measures = measure_images(tensors["targets"], rows, segmenter=segmenter).measures
+    values = dice_per_region(segmenter, tensors["targets"], tensors["label_maps"], list(rows["modality"]))
+    for region, value in (("NCR", 1), ("ED", 2), ("ET", 3)):
+        expected = [
+            row["task"] == "fill"
+            and row["modality"] in segmenter.counted_contrasts(region)
+            and bool((np.asarray(row["label_map"]) == value).any())
+            for row in rows
+        ]
+        assert measures[f"fill_dice_{region}"].applies.tolist() == expected
+        assert 0 < sum(expected) <= 8 * len(segmenter.counted_contrasts(region))
+        np.testing.assert_array_equal(measures[f"fill_dice_{region}"].values[expected], values[region][expected])
+
+
+def test_a_region_that_vanishes_or_appears_counts_against_the_image(rows, segmenter, monkeypatch):
+    tensors = tensors_of(rows)
+    truth = measure_images(tensors["targets"], rows, segmenter=segmenter)
+    monkeypatch.setattr(segmenter, "segment", lambda images, modalities: torch.zeros(len(images), 64, 64).long())
+    blind = measure_images(tensors["targets"], rows, segmenter=segmenter)
+    for region in ("NCR", "ED", "ET"):
+        entry = compare(truth, blind)[f"fill_dice_{region}"]
+        assert (entry["after"], entry["n_failed"]) == (0, 0)
 
 
 def test_a_changed_pixel_outside_the_mask_is_counted(rows):

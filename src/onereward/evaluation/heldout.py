@@ -12,8 +12,8 @@ bootstrap interval by case. The measures, per task:
 | `remove_residual_tumour` | remove | lower | share of the mask where the judge still finds tumour |
 | `outside_changed_pixels` | all | lower | pixels outside the mask that differ from the source: must be 0 |
 
-The judge is the [`Segmenter`] that saw real phantom slices only. A region's Dice counts the contrasts where the judge
-finds that region on real slices.
+The judge is the [`Segmenter`] that saw real phantom slices only. A region's Dice is over the images whose label map
+asks for it, in the contrasts where the judge finds it on real slices.
 """
 
 import dataclasses
@@ -161,6 +161,7 @@ def _figures(images: torch.Tensor, tensors: dict, modalities: list[str], segment
         regions = {name: value for name, value in segmenter.labels.items() if value}
         overlaps = dice(found, tensors["label_maps"][:, 0], list(regions.values()))
         figures |= {f"dice_{name}": column for name, column in zip(regions, overlaps.unbind(1), strict=True)}
+        figures |= {f"asks_{name}": (tensors["label_maps"] == i).flatten(1).any(1) for name, i in regions.items()}
         figures["features"] = segmenter.region_features(images, masks, modalities)
     return figures
 
@@ -232,6 +233,7 @@ def measure_images(
         if segmenter is not None and task == "fill":
             for region in [name for name, value in segmenter.labels.items() if value]:
                 counted = np.isin(modalities, segmenter.counted_contrasts(region))
+                counted &= generated[f"asks_{region}"].numpy()
                 measures[f"fill_dice_{region}"] = measure(f"dice_{region}", (tasks == task) & counted, True)
     measures["outside_changed_pixels"] = measure("changed_pixels", np.ones(len(tasks), bool), False)
     measures = {name: measure for name, measure in measures.items() if measure.applies.any()}

@@ -316,8 +316,8 @@ def dice_table(segmenter: Segmenter, dataset, seed: int = 0) -> dict:
     Dice on real slices per region and modality, with a 95 % interval by case.
 
     Returns:
-        `dict`: region -> modality -> `{"mean", "ci95", "n", "n_failed"}`; `n_failed` counts the slices where neither
-        the truth nor the segmenter has the region.
+        `dict`: region -> modality -> `{"mean", "ci95", "n", "n_without"}`, over the `n` slices that have the region;
+        the other `n_without` slices have nothing to overlap with.
     """
     data = tumour_and_twin(dataset)
     images, modalities = data["tumour"].float() / 255, np.array(data["modalities"])
@@ -326,17 +326,18 @@ def dice_table(segmenter: Segmenter, dataset, seed: int = 0) -> dict:
         for i in range(0, len(images), 256)
     ]
     table = {}
-    for region in chunks[0]:
+    for region, value in {name: value for name, value in segmenter.labels.items() if value}.items():
+        present = (data["labels"] == value).flatten(1).any(1).numpy()
         values = torch.cat([chunk[region] for chunk in chunks]).numpy()
         table[region] = {}
         for modality in segmenter.modalities:
-            rows = np.flatnonzero((modalities == modality) & np.isfinite(values))
+            rows = np.flatnonzero((modalities == modality) & present)
             weights = resample_cases([data["case_ids"][i] for i in rows], seed=seed)
             table[region][modality] = {
                 "mean": round(float(values[rows].mean()), 4) if len(rows) else None,
                 "ci95": [round(end, 4) for end in percentile_interval(weighted_mean(values[rows], weights))],
                 "n": len(rows),
-                "n_failed": int((modalities == modality).sum() - len(rows)),
+                "n_without": int((modalities == modality).sum() - len(rows)),
             }
     return table
 
