@@ -388,6 +388,7 @@ class DDPOTrainer(Trainer):
                 "`LoraConfig(r=8, lora_alpha=16, target_modules=['to_q', 'to_k', 'to_v', 'to_out.0'])`."
             )
         cast_training_params(pipeline.unet, dtype=torch.float32)
+        pipeline.unet.to(memory_format=torch.channels_last)  # convolutions are faster in this layout
         self.policy_parameters = [p for p in pipeline.unet.parameters() if p.requires_grad]
 
         # Chain: timesteps and alphas of the policy
@@ -444,7 +445,7 @@ class DDPOTrainer(Trainer):
             pipeline.scheduler.alphas_cumprod, self.timesteps, pipeline.scheduler.final_alpha_cumprod
         )
         self._denoiser_watch = Stopwatch(args.device)
-        self._logged_at, self._num_images = time.perf_counter(), 0
+        self._logged_at, self._num_images = None, 0  # since when, and how many images, the next log reports
 
     # ---------------------------------------------------------------------------------------------------------- data
 
@@ -501,15 +502,28 @@ class DDPOTrainer(Trainer):
             **kwargs,
         )
 
-    def _advance(self, step: int, latents, conditions, initial_noise, noise=None):
-        """One step of the chain, stochastic with `noise`. Returns the next latents and their log-probability."""
-        with self._denoiser_watch:
-            model_output = self.model(latents, self.timesteps[step], conditions)
-        eta = 0.0 if noise is None else self.args.eta
-        transition = self._transition(step, model_output, latents, conditions, eta=eta, noise=noise)
-        following = self.timesteps[step + 1] if step + 1 < len(self.timesteps) else None
-        latents = self.pipeline.reimpose_background(transition.next_sample, conditions, initial_noise, following)
-        return latents, transition.log_prob
+    def _run(self, steps: range, latents, conditions, initial_noise, window: range = range(0), window_noise=None):
+        """
+        Take some steps of the chain, those in `window` with `window_noise` of shape `(len(window), B, c, h, w)`. Gives
+        the latents after them, those before each step of the window and after its last, and the log-probabilities.
+        """
+        trajectory, log_probs = [], []
+        for step in steps:
+            with self._denoiser_watch:
+                model_output = self.model(latents, self.timesteps[step], conditions)
+            if step in window:
+                trajectory.append(latents)
+                draw = {"eta": self.args.eta, "noise": window_noise[step - window.start]}
+            else:
+                draw = {"eta": 0.0}
+            transition = self._transition(step, model_output, latents, conditions, **draw)
+            following = self.timesteps[step + 1] if step + 1 < len(self.timesteps) else None
+            latents = self.pipeline.reimpose_background(transition.next_sample, conditions, initial_noise, following)
+            if step in window:
+                log_probs.append(transition.log_prob)
+                if step == window[-1]:
+                    trajectory.append(latents)
+        return latents, trajectory, log_probs
 
     @torch.no_grad()
     def generate(
@@ -519,7 +533,7 @@ class DDPOTrainer(Trainer):
         num_generations: int = 1,
         window: range = range(0),
         batch_size: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Generate images with the current policy.
 
@@ -536,64 +550,44 @@ class DDPOTrainer(Trainer):
                 Images per call of the denoiser. All at once when not given.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: images of shape `(N, C, H, W)`, floats in [0, 1];
-            latents of the window, float32 of shape `(N, len(window) + 1, c, h, w)`; log-probabilities of shape
-            `(N, len(window))`. Members of a group lie side by side.
+            `tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]`: images of shape `(N, C, H, W)`, floats in
+            [0, 1]; latents of the window, float32 of shape `(N, len(window) + 1, c, h, w)`; log-probabilities of shape
+            `(N, len(window))`. Members of a group lie side by side. The last two are `None` without a window.
         """
         self.model.eval()
-        device, groups = conditions.mask.device, len(conditions)
+        device, scale = conditions.mask.device, self.pipeline.scheduler.init_noise_sigma
+        groups, count = len(conditions), num_generations
         shape = (self.pipeline.vae.config.latent_channels, *conditions.mask.shape[-2:])
-        batch_size = batch_size or groups * num_generations
-        last = len(self.timesteps)
+        batch_size = batch_size or groups * count
 
-        def initial_noise(generators):
-            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-            return noise.to(device)
+        def draw(generators, *shape):
+            return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
-        # What a group has in common: its noise, and the deterministic steps up to the window
-        start = 0
+        # What the members of a group have in common: their noise, and the deterministic steps up to the window
+        start = window.start if self.args.same_initial_noise else 0
         if self.args.same_initial_noise:
-            shared_noise = initial_noise([seeded_generator(*key, 0) for key in keys])
-            start = window.start
-            shared_latents = []
-            for part in torch.arange(groups).split(batch_size):
-                latents, part_conditions = (
-                    shared_noise[part] * self.pipeline.scheduler.init_noise_sigma,
-                    conditions[part],
-                )
-                for step in range(start):
-                    latents, _ = self._advance(step, latents, part_conditions, shared_noise[part])
-                shared_latents.append(latents)
-            shared_latents = torch.cat(shared_latents)
+            shared_noise = draw([seeded_generator(*key, 0) for key in keys], *shape)
+            parts = torch.arange(groups).split(batch_size)
+            shared_latents = torch.cat(
+                [self._run(range(start), scale * shared_noise[i], conditions[i], shared_noise[i])[0] for i in parts]
+            )
 
         images, trajectories, log_probs = [], [], []
-        for part in torch.arange(groups * num_generations).split(batch_size):
-            group = part // num_generations
-            generators = [
-                seeded_generator(*keys[i // num_generations], 1 + i % num_generations) for i in part.tolist()
-            ]
-            part_conditions = conditions[group]
+        for part in torch.arange(groups * count).split(batch_size):
+            group = part // count
+            generators = [seeded_generator(*keys[i // count], 1 + i % count) for i in part.tolist()]
             if self.args.same_initial_noise:
                 noise, latents = shared_noise[group], shared_latents[group]
             else:
-                noise = initial_noise(generators)
-                latents = noise * self.pipeline.scheduler.init_noise_sigma
-            window_noise = [torch.randn((len(window), *shape), generator=generator) for generator in generators]
-            window_noise = torch.stack(window_noise, dim=1).to(device)
-
-            trajectory, part_log_probs = [], []
-            for step in range(start, last):
-                if step == window.start:
-                    trajectory.append(latents)
-                drawn = window_noise[step - window.start] if step in window else None
-                latents, log_prob = self._advance(step, latents, part_conditions, noise, drawn)
-                if step in window:
-                    trajectory.append(latents)
-                    part_log_probs.append(log_prob)
+                noise = draw(generators, *shape)
+                latents = scale * noise
+            window_noise = draw(generators, len(window), *shape).transpose(0, 1)
+            steps, part_conditions = range(start, len(self.timesteps)), conditions[group]
+            latents, *of_window = self._run(steps, latents, part_conditions, noise, window, window_noise)
             images.append(self.pipeline.decode(latents, part_conditions).float())
             if window:
-                trajectories.append(torch.stack(trajectory, dim=1))
-                log_probs.append(torch.stack(part_log_probs, dim=1))
+                trajectories.append(torch.stack(of_window[0], dim=1))
+                log_probs.append(torch.stack(of_window[1], dim=1))
         if not window:
             return torch.cat(images), None, None
         return torch.cat(images), torch.cat(trajectories), torch.cat(log_probs)
@@ -683,6 +677,8 @@ class DDPOTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         args = self.args
+        if self._logged_at is None:
+            self._logged_at = time.perf_counter()
         # Where we are follows from the number of updates and from which batch of an update this is.
         batch = inputs[0] // (self._train_batch_size * args.world_size) % args.gradient_accumulation_steps
         step = self.state.global_step * args.gradient_accumulation_steps + batch
@@ -811,7 +807,8 @@ class DDPOTrainer(Trainer):
         finally:
             self.swap_ema()
         self._denoiser_watch.spans = spans  # the speed that is logged is that of the training
-        self._logged_at += time.time() - start_time
+        if self._logged_at is not None:
+            self._logged_at += time.time() - start_time
 
         reward = self._weighted_sum(rewards).nanmean().item()
         *head_stds, reward_std = self.start["stds"]
@@ -926,7 +923,7 @@ class DDPOTrainer(Trainer):
             with open(os.path.join(output_dir, STATE_FILE), "w", encoding="utf-8") as file:
                 json.dump({"beta": self.beta, "start": self.start}, file)
             if self.ema is not None:  # what is saved as the adapter is the average
-                weights = {str(i): p.detach().clone() for i, p in enumerate(self.policy_parameters)}
+                weights = {str(i): p.detach().contiguous() for i, p in enumerate(self.policy_parameters)}
                 save_file(weights, os.path.join(output_dir, EMA_FILE))
         batches = self.state.global_step * self.args.gradient_accumulation_steps
         if batches % (self.args.steps_per_generation * self.args.num_iterations):  # in the midst of a rollout
