@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # One thread for each worker: with more, the workers of pytest-xdist fight for the cores.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 
-.PHONY: install demo test slow clean
+.PHONY: install demo test slow base clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS)
+
+# trains the embedded base anew; its weights go to runs/base
+base: install
+	$(BIN)/python trainers/sft.py --config trainers/configs/sft_phantom.yaml
 
 slow: install
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow --timeout 3600

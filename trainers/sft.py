@@ -14,7 +14,6 @@ A LoRA adapter for your own data (a folder written by `onereward data`, or a dat
         --use_peft --lora_r 8 --learning_rate 1e-3 --max_steps 300 --output_dir runs/sft
 """
 
-import os
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +40,10 @@ class SFTScriptArguments:
     )
     num_cases: int = field(default=500, metadata={"help": "Cases of the phantom to train on."})
     num_eval_cases: int = field(default=8, metadata={"help": "Cases of the phantom to evaluate on."})
+    tasks: list[str] = field(
+        default_factory=lambda: ["fill", "remove", "extend"],
+        metadata={"help": "Tasks of the phantom; one named twice gets twice the rows."},
+    )
     image_size: int = field(default=64, metadata={"help": "Height and width of the phantom in pixels."})
     vae_name_or_path: str | None = field(default=None, metadata={"help": "VAE to use in a pipeline from scratch."})
     vae_max_steps: int = field(default=0, metadata={"help": "Steps to train the VAE for before the denoiser."})
@@ -56,7 +59,7 @@ class SFTScriptArguments:
 
 def main(script_args: SFTScriptArguments, args: SFTConfig) -> None:
     torch.manual_seed(args.seed)
-    phantom = {"size": script_args.image_size, "seed": args.seed}
+    phantom = {"size": script_args.image_size, "tasks": tuple(script_args.tasks), "seed": args.seed}
     train_dataset = load_rows(script_args.dataset_name, "train", num_cases=script_args.num_cases, **phantom)
     eval_dataset = load_rows(script_args.dataset_name, "validation", num_cases=script_args.num_eval_cases, **phantom)
     if script_args.model_name_or_path is None:
@@ -72,10 +75,10 @@ def main(script_args: SFTScriptArguments, args: SFTConfig) -> None:
 
     if script_args.vae_max_steps > 0:
         vae_args = VAEConfig(
-            output_dir=os.path.join(args.output_dir, "vae"),
+            output_dir=f"{args.output_dir}-vae",
             max_steps=script_args.vae_max_steps,
             learning_rate=script_args.vae_learning_rate,
-            per_device_train_batch_size=args.per_device_train_batch_size // 2,
+            per_device_train_batch_size=args.per_device_train_batch_size,
             lr_scheduler_type="cosine",
             warmup_steps=50,
             use_cpu=args.use_cpu,
@@ -84,6 +87,7 @@ def main(script_args: SFTScriptArguments, args: SFTConfig) -> None:
             seed=args.seed,
         )
         VAETrainer(pipeline.vae, vae_args, train_dataset, eval_dataset).train()
+        pipeline.vae.save_pretrained(vae_args.output_dir)
 
     peft_config = None
     if script_args.use_peft:
