@@ -112,6 +112,10 @@ def small_pipeline(
         cross_attention_dim=text_channels,
         attention_head_dim=16,
         norm_num_groups=16,
+        # The pooled prompt scales and shifts every level: what a label looks like depends on the contrast it names.
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+        resnet_time_scale_shift="scale_shift",
     )
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
