@@ -6,10 +6,11 @@ a measure of the repainted region lies from the same measure on real slices of t
 (`calibrate`). With the penalty `p(z) = log(1 + z^2)`, for which the step from good to mediocre weighs as much as the
 one from bad to awful, and with `s(z) = log(1 + e^z)`, the smooth one-sided excess, they are
 
-- **quality** = -p(s(noise - 1)) - p(s(-noise - 3)) - p(s(-sharpness)): noise, smoothness like plastic, and lack of
+- **quality** = -p(2 s(noise - 1)) - p(s(-noise - 3)) - p(s(-sharpness)): noise, smoothness like plastic, and lack of
   sharpness, against the tissue around the mask. A little less noise than real slices have is no fault.
-- **realism** = -p(s(seam)) - p(texture): a step in brightness along the border of the mask that the pixels beside it
-  do not have; detail spectrum and local contrast, as one length in units of real slices.
+- **realism** = -p(s(seam)) - p(texture) - p(s(noise - 3)): a step in brightness along the border of the mask that the
+  pixels beside it do not have; detail spectrum and local contrast, as one length in units of real slices; and noise
+  that no real slice has.
 - **clinical_relevance** = -(what the label map asks for) - (what the truth shows). Labels: the mean of p(contrast)
   over the labelled regions, and 3 (1 - correlation of image and layout). Truth, for removal, for extension and where
   there is no layout to go by: p(difference of coarse anatomy / 0.15) and, for removal, p(2 * share of the lesion that
@@ -115,6 +116,8 @@ def realism_measures(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """
     Seam and texture of the masked region.
 
+    Texture is that of the image blurred by 0.8 pixels, so that noise cannot pass for it.
+
     Returns:
         `np.ndarray` of shape `(4,)`: seam, the log ratio of the step at the border to the steps one pixel inside and
         one outside; the log ratio of the finer to the coarser half of detail; mean and standard deviation of the log
@@ -125,7 +128,7 @@ def realism_measures(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     inside = _first_large(mask & _tissue(image), mask)
     fine, middle, coarse = (ndimage.gaussian_filter(image, sigma) for sigma in (0.8, 1.6, 3.2))
     bands = [np.sqrt((band[inside] ** 2).mean()) + 0.002 for band in (fine - middle, middle - coarse)]
-    variance = ndimage.gaussian_filter(image**2, 1.5) - ndimage.gaussian_filter(image, 1.5) ** 2
+    variance = ndimage.gaussian_filter(fine**2, 1.5) - ndimage.gaussian_filter(fine, 1.5) ** 2
     contrast = np.log(np.sqrt(np.clip(variance, 0, None))[inside] + 0.005)
     return np.array([np.log(seam), np.log(bands[0] / bands[1]), contrast.mean(), contrast.std()])
 
@@ -319,11 +322,12 @@ def judge(image: np.ndarray, condition: dict, calibration: dict) -> dict[str, fl
 
     mean, std = calibration["quality", task, modality]
     noise, sharp = (quality_measures(image, mask) - mean) / std
-    quality = -_penalty(_excess(noise - 1)) - _penalty(_excess(-noise - 3)) - _penalty(_excess(-sharp))
+    quality = -_penalty(2 * _excess(noise - 1)) - _penalty(_excess(-noise - 3)) - _penalty(_excess(-sharp))
 
     mean, std = calibration["realism", task, modality]
     seam, *texture = (realism_measures(image, mask) - mean) / std
-    realism = -_penalty(_excess(seam)) - _penalty(np.sqrt(np.mean(np.square(texture))))
+    texture = np.sqrt(np.mean(np.square(texture)))
+    realism = -_penalty(_excess(seam)) - _penalty(texture) - _penalty(_excess(noise - 3))
 
     relevance = 0.0
     labels = np.unique(label_map[mask])
