@@ -314,6 +314,13 @@ def test_saved_and_loaded_it_paints_the_same(tiny_pipeline, source, layout, tmp_
     assert dict(loaded.config.labels) == {"background": 0, "NCR": 1, "ED": 2, "ET": 3}
 
 
+def test_no_path_of_this_machine_is_saved(tiny_pipeline, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "first")
+    OneRewardMaskPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    for path in (tmp_path / "second").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text()
+
+
 def test_without_text_encoder_it_saves_loads_and_paints(tiny_pipeline, source, tmp_path):
     pipeline = tiny_pipeline()
     embeds = pipeline.encode_prompt(PROMPT)[0]

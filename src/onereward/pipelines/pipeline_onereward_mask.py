@@ -196,6 +196,10 @@ class OneRewardMaskPipeline(
         index = json.loads(path.read_text())
         index["_class_name"] = [self.HUB_MODULE, type(self).__name__]
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for config_path in path.parent.glob("*/config.json"):  # diffusers notes where a part was loaded from: our disk
+            config = json.loads(config_path.read_text())
+            if config.pop("_name_or_path", None) is not None:
+                config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         source, target = Path(inspect.getsourcefile(type(self))), path.with_name(f"{self.HUB_MODULE}.py")
         if source.resolve() != target.resolve():
             shutil.copyfile(source, target)

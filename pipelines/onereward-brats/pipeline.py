@@ -1,0 +1,1 @@
+../../src/onereward/pipelines/pipeline_onereward_mask.py
