@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from rich.console import Console
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from onereward.data.phantom import load_phantom
 from onereward.data.schema import rows_to_tensors, split_by_case
@@ -56,9 +56,9 @@ class DemoSettings:
             Cases of the phantom that are evaluated on, one condition of each.
         sft_max_steps (`int`, *optional*, defaults to `250`):
             Updates of the adapter that fits the pipeline to `data`; not used with the phantom.
-        reward_epochs (`float`, *optional*, defaults to `8`):
+        reward_epochs (`float`, *optional*, defaults to `40`):
             Passes of the reward model over the votes.
-        ddpo_max_steps (`int`, *optional*, defaults to `40`):
+        ddpo_max_steps (`int`, *optional*, defaults to `30`):
             Updates of DDPO, one for each rollout of 64 images.
         num_inference_steps (`int`, *optional*, defaults to `10`):
             Denoising steps in DDPO and in the evaluation.
@@ -71,8 +71,8 @@ class DemoSettings:
     num_train_cases: int = 160
     num_unseen_cases: int = 96
     sft_max_steps: int = 250
-    reward_epochs: float = 8
-    ddpo_max_steps: int = 40
+    reward_epochs: float = 40
+    ddpo_max_steps: int = 30
     num_inference_steps: int = 10
 
 
@@ -255,11 +255,12 @@ def tune(folder: Path, settings: DemoSettings) -> dict:
     args = DDPOConfig(
         output_dir=str(folder / "adapter"),
         max_steps=settings.ddpo_max_steps,
-        learning_rate=1e-3,
+        learning_rate=5e-4,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": 1e-4},
         warmup_steps=4,
         weight_decay=1e-4,
+        adam_epsilon=1e-12,  # log-probabilities are means over thousands of elements, and their gradients small
         per_device_train_batch_size=32,
         per_device_eval_batch_size=32,
         gradient_accumulation_steps=2,
@@ -283,7 +284,7 @@ def tune(folder: Path, settings: DemoSettings) -> dict:
         args,
         datasets.load_from_disk(folder / "data" / "train"),
         datasets.load_from_disk(folder / "data" / "unseen"),
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=[*ATTENTION, "conv1", "conv2"]),
         callbacks=[ProgressBar("Tuning", "reward")],
     )
     train(trainer)
@@ -478,7 +479,8 @@ class ProgressBar(TrainerCallback):
 
 def train(trainer) -> None:
     """Trains from the last checkpoint if there is one, with our progress bar alone."""
-    trainer.remove_callback(ProgressCallback)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
     checkpoints = list(Path(trainer.args.output_dir).glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=bool(checkpoints))
 

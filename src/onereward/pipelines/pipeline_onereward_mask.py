@@ -195,8 +195,9 @@ class OneRewardMaskPipeline(
         path = Path(save_directory) / self.config_name
         index = json.loads(path.read_text())
         index["_class_name"] = [self.HUB_MODULE, type(self).__name__]
+        index.pop("_name_or_path", None)
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        for config_path in path.parent.glob("*/config.json"):  # diffusers notes where a part was loaded from: our disk
+        for config_path in path.parent.glob("*/config.json"):  # diffusers notes where each was loaded from: our disk
             config = json.loads(config_path.read_text())
             if config.pop("_name_or_path", None) is not None:
                 config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
