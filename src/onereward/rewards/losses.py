@@ -6,14 +6,15 @@ import torch.nn.functional as F
 
 def davidson_log_probabilities(difference: torch.Tensor, log_nu: torch.Tensor) -> torch.Tensor:
     r"""
-    Log-probabilities that the first image wins, that the second wins, and that the rater sees no difference.
+    Log-probabilities that the first image wins, that the rater sees no difference, and that the second wins.
 
     With d = the first image's logit minus the second's, and the prevalence of ties nu > 0,
 
-        P(first) = exp(d/2) / Z,   P(second) = exp(-d/2) / Z,   P(tie) = nu / Z,   Z = exp(d/2) + exp(-d/2) + nu
+        P(first) = exp(d/2) / Z,   P(tie) = nu / Z,   P(second) = exp(-d/2) / Z,   Z = exp(d/2) + exp(-d/2) + nu
 
-    Without ties, nu = 0, this is the Bradley-Terry model, P(first) = sigmoid(d). Swapping the images negates d and
-    swaps the first two probabilities, exactly.
+    Without ties, nu = 0, this is the Bradley-Terry model, P(first) = sigmoid(d). The same probabilities, for numpy
+    and given nu, are `onereward.preferences.davidson_probabilities`. For rewards, ties as a third outcome avoid the
+    bias of leaving them out (https://huggingface.co/papers/2410.05328).
 
     Paper: R. Davidson, On Extending the Bradley-Terry Model to Accommodate Ties in Paired Comparison Experiments,
     JASA 65 (1970), https://doi.org/10.1080/01621459.1970.10481082
@@ -25,31 +26,10 @@ def davidson_log_probabilities(difference: torch.Tensor, log_nu: torch.Tensor) -
             Logarithm of nu, broadcastable to `difference`.
 
     Returns:
-        `torch.Tensor` of shape `(*difference.shape, 3)`: log-probabilities of (first, second, tie).
+        `torch.Tensor` of shape `(*difference.shape, 3)`: log-probabilities of (first wins, tie, second wins).
     """
     half = difference / 2
-    return F.log_softmax(torch.stack([half, -half, log_nu.expand_as(half)], dim=-1), dim=-1)
-
-
-def vote_counts(label_0: torch.Tensor) -> torch.Tensor:
-    """
-    One vote as counts of (first, second, tie): `label_0` 1, 0 and 0.5 become (1, 0, 0), (0, 1, 0) and (0, 0, 1).
-
-    Args:
-        label_0 (`torch.Tensor`):
-            The first image's label, of any shape.
-
-    Returns:
-        `torch.Tensor` of shape `(*label_0.shape, 3)`, float32.
-
-    Raises:
-        `ValueError`: when a label is none of 1, 0 and 0.5.
-    """
-    counts = torch.stack([label_0 == 1, label_0 == 0, label_0 == 0.5], dim=-1).float()
-    if not counts.any(dim=-1).all():
-        wrong = label_0[~counts.any(dim=-1)].flatten()[0].item()
-        raise ValueError(f"`label_0` holds {wrong}; expected 1 (first wins), 0 (second wins) or 0.5 (tie).")
-    return counts
+    return F.log_softmax(torch.stack([half, log_nu.expand_as(half), -half], dim=-1), dim=-1)
 
 
 def preference_loss(difference: torch.Tensor, log_nu: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -66,7 +46,7 @@ def preference_loss(difference: torch.Tensor, log_nu: torch.Tensor, counts: torc
         log_nu (`torch.Tensor` of shape `(H,)`):
             Logarithm of the prevalence of ties, one a criterion.
         counts (`torch.Tensor` of shape `(P, H, 3)`):
-            Votes for (first, second, tie). A criterion nobody judged has zeros and does not count.
+            Votes (first wins, tie, second wins). A criterion nobody judged has zeros and does not count.
 
     Returns:
         `torch.Tensor`: scalar, in nats a vote.

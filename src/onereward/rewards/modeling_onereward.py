@@ -23,10 +23,13 @@ class OneRewardOutput(ModelOutput):
             the first. Only differences within one condition (image, mask, label map, prompt) have a meaning.
         rewards (`torch.FloatTensor` of shape `(B, len(criteria))`):
             The logits with mean 0 and standard deviation 1 over the training images.
+        log_nu (`torch.FloatTensor` of shape `(len(criteria),)`):
+            Logarithm of the prevalence of ties in the votes, learned with the rest; used by the loss.
     """
 
     logits: torch.FloatTensor | None = None
     rewards: torch.FloatTensor | None = None
+    log_nu: torch.FloatTensor | None = None
 
 
 class OneRewardModel(PreTrainedModel):
@@ -77,7 +80,6 @@ class OneRewardModel(PreTrainedModel):
         self.heads = nn.ModuleList(
             nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1)) for _ in range(heads)
         )
-        # prevalence of ties in the votes, part of what the votes teach; see `davidson_log_probabilities`
         self.log_nu = nn.Parameter(torch.zeros(heads))
         self.register_buffer("logit_mean", torch.zeros(heads))
         self.register_buffer("logit_std", torch.ones(heads))
@@ -116,7 +118,8 @@ class OneRewardModel(PreTrainedModel):
             words = self.word_embedding(word_ids).sum(dim=1)
             hidden = hidden + words / (word_ids > 0).sum(dim=1, keepdim=True).clamp(min=1)
         logits = torch.cat([head(hidden) for head in self.heads], dim=1)
-        return OneRewardOutput(logits=logits, rewards=(logits - self.logit_mean) / self.logit_std)
+        rewards = (logits - self.logit_mean) / self.logit_std
+        return OneRewardOutput(logits=logits, rewards=rewards, log_nu=self.log_nu)
 
     def prepare_inputs(
         self,
