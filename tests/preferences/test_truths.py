@@ -13,6 +13,7 @@ from onereward.preferences.truths import (
     layout_correlation,
     likely_anatomy,
     noise_level,
+    quality_measures,
     read_condition,
     region_contrasts,
     residual_lesion,
@@ -202,6 +203,23 @@ def test_colour_images_are_judged_like_grey_ones(rows, calibration):
     first, second = (read_condition(row) for row in (grey, colour))
     np.testing.assert_allclose(first["target"], second["target"], atol=1e-12)
     assert first["target"].shape == second["target"].shape
+
+
+def test_calibration_is_the_mean_and_a_pooled_variance(conditions):
+    fill = [c for c in conditions if c["task"] == "fill" and c["modality"] in ("t1c", "t2f")]
+    calibration = calibrate(fill)
+    groups = {
+        m: [quality_measures(c["target"], c["mask"]) for c in fill if c["modality"] == m] for m in ("t1c", "t2f")
+    }
+    n = len(groups["t1c"])
+    pooled = np.mean([np.var(values, axis=0, ddof=1) for values in groups.values()], axis=0)  # groups of equal size
+    for modality, values in groups.items():
+        mean, std = calibration["quality", "fill", modality]
+        np.testing.assert_allclose(mean, np.mean(values, axis=0))
+        variance = ((n - 1) * np.var(values, axis=0, ddof=1) + 4 * pooled) / (n - 1 + 4)
+        np.testing.assert_allclose(std, np.sqrt(variance) + 0.05)
+    alone = calibrate(fill[:1])["quality", "fill", fill[0]["modality"]]
+    np.testing.assert_allclose(alone[1], 0.05)
 
 
 def test_an_unknown_modality_is_named(conditions, calibration):

@@ -258,8 +258,8 @@ def calibrate(conditions: list[dict]) -> dict[tuple, tuple[np.ndarray, np.ndarra
     """
     Mean and standard deviation of every measure on real slices: the targets or, where there is none, the sources.
 
-    Statistics of a (task, modality) with n slices are shrunk towards those of all slices with the weight of 4 slices,
-    so that small groups do not run wild.
+    The variance within a group of slices is shrunk towards that within all groups with the weight of 4 slices, so that
+    a group of two or three does not run wild.
 
     Args:
         conditions (`list[dict]`):
@@ -285,14 +285,16 @@ def calibrate(conditions: list[dict]) -> dict[tuple, tuple[np.ndarray, np.ndarra
 
     calibration = {}
     for measure, groups in found.items():
-        everything = np.concatenate([np.array(values) for values in groups.values()])
-        residuals = np.concatenate([np.array(values) - np.mean(values, axis=0) for values in groups.values()])
-        variance = residuals.var(axis=0)
-        for group, values in groups.items():
-            n, values = len(values), np.array(values)
-            mean = (values.sum(axis=0) + 4 * everything.mean(axis=0)) / (n + 4)
-            std = np.sqrt((n * values.var(axis=0) + 4 * variance) / (n + 4))
-            calibration[(measure, *group)] = mean, std + 0.05
+        slices = [np.array(values) for values in groups.values()]
+        residuals = [values - values.mean(axis=0) for values in slices]
+        freedom = sum(len(values) - 1 for values in slices)
+        if freedom:
+            pooled = sum((r**2).sum(axis=0) for r in residuals) / freedom
+        else:
+            pooled = np.concatenate(slices).var(axis=0)
+        for group, values, r in zip(groups, slices, residuals, strict=True):
+            variance = ((r**2).sum(axis=0) + 4 * pooled) / (len(values) - 1 + 4)
+            calibration[(measure, *group)] = values.mean(axis=0), np.sqrt(variance) + 0.05
     return calibration
 
 
