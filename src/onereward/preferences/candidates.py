@@ -142,8 +142,21 @@ def _sample(pipeline, rows, seeds, steps, guidance, pipeline_kwargs):
     ).images
 
 
-def spoil(row, samples, seed):
-    """One spoilt candidate: (picture, name of what made it, seed)."""
+def spoil(row: dict, samples: list[tuple[np.ndarray, str, int]], seed: int) -> tuple[np.ndarray, str, int]:
+    """
+    Spoil one of the samples of a row or, one time in three and where it is known, its target.
+
+    Args:
+        row (`dict`):
+            The condition, pictures decoded.
+        samples (`list[tuple[np.ndarray, str, int]]`):
+            Pictures, names of what made them, and seeds.
+        seed (`int`):
+            Seed of what is chosen and done.
+
+    Returns:
+        `tuple[np.ndarray, str, int]`: picture (`uint8`, the source outside the mask), name of what made it, seed.
+    """
     rng = np.random.default_rng(seed)
     mask, label_map = np.asarray(row["mask"]) > 0, np.asarray(row["label_map"])
     picture, maker, _ = samples[rng.integers(len(samples))]
