@@ -116,6 +116,7 @@ def make_trainer(tmp_path, train_votes, unseen):
                 "use_cpu": True,
                 "report_to": "none",
                 "disable_tqdm": True,
+                "flip_probability": 0,  # left and right are what the criteria of these votes are about
             }
             | kwargs
         )
@@ -137,7 +138,8 @@ def test_it_learns_both_criteria_and_rewards_are_standardized(make_trainer, unse
         labels = [v for v, c in zip(votes["label_0"], votes["criterion"], strict=True) if c == criterion and v != 0.5]
         right = round(metrics[f"eval_accuracy/{criterion}"] * len(labels))
         assert binomtest(right, len(labels), 0.5, alternative="greater").pvalue < 1e-6
-        assert 0.5 < metrics[f"eval_accuracy/{criterion}"] <= 1 and 0.5 < metrics[f"eval_ceiling/{criterion}"] <= 1
+        assert 0.5 < metrics[f"eval_ceiling/{criterion}"] <= 1
+        assert metrics[f"eval_accuracy/{criterion}"] > 0.9 * metrics[f"eval_ceiling/{criterion}"]
         assert metrics[f"eval_log_loss/{criterion}"] < before[f"eval_log_loss/{criterion}"]
     assert metrics["eval_loss"] == pytest.approx(np.mean([metrics[f"eval_log_loss/{c}"] for c in CRITERIA]), rel=0.05)
 
