@@ -48,7 +48,7 @@ class DemoSettings:
             Folder of rows that `onereward data` wrote; the built-in phantom when left out.
         seed (`int`, *optional*, defaults to `0`):
             Seed of everything.
-        num_vote_cases (`int`, *optional*, defaults to `72`):
+        num_vote_cases (`int`, *optional*, defaults to `160`):
             Cases of the phantom that are voted on, one condition of each.
         num_train_cases (`int`, *optional*, defaults to `160`):
             Cases of the phantom that DDPO trains on, one condition of each.
@@ -56,7 +56,7 @@ class DemoSettings:
             Cases of the phantom that are evaluated on, one condition of each.
         sft_max_steps (`int`, *optional*, defaults to `250`):
             Updates of the adapter that fits the pipeline to `data`; not used with the phantom.
-        reward_epochs (`float`, *optional*, defaults to `40`):
+        reward_epochs (`float`, *optional*, defaults to `8`):
             Passes of the reward model over the votes.
         ddpo_max_steps (`int`, *optional*, defaults to `30`):
             Updates of DDPO, one for each rollout of 64 images.
@@ -67,11 +67,11 @@ class DemoSettings:
     pipeline: str
     data: str | None = None
     seed: int = 0
-    num_vote_cases: int = 72
+    num_vote_cases: int = 160
     num_train_cases: int = 160
     num_unseen_cases: int = 96
     sft_max_steps: int = 250
-    reward_epochs: float = 40
+    reward_epochs: float = 8
     ddpo_max_steps: int = 30
     num_inference_steps: int = 10
 
@@ -204,8 +204,10 @@ def load_base(folder: Path, settings: DemoSettings) -> OneRewardMaskPipeline:
 def collect_votes(folder: Path, settings: DemoSettings) -> dict:
     """`votes.parquet`, and apart from it `votes_truth.parquet`, which no model is trained on."""
     rows = datasets.load_from_disk(folder / "data" / "votes")
-    candidates = make_candidates(load_base(folder, settings), rows, seed=settings.seed)
-    votes, truths = simulate_votes(candidates, seed=settings.seed)
+    candidates = make_candidates(
+        load_base(folder, settings), rows, num_candidates=3, num_degraded=6, seed=settings.seed
+    )
+    votes, truths = simulate_votes(candidates, pairs_per_condition=36, seed=settings.seed)
     truths.to_parquet(folder / "votes_truth.parquet")
     save_votes(votes, folder / "votes.parquet")
     return {
@@ -227,6 +229,7 @@ def train_reward_model(folder: Path, settings: DemoSettings) -> dict:
     args = RewardConfig(
         output_dir=str(folder / "reward_model"),
         num_train_epochs=settings.reward_epochs,
+        per_device_train_batch_size=144,  # the pairs of four conditions
         save_strategy="no",
         report_to="none",
         seed=settings.seed,

@@ -153,7 +153,8 @@ def test_the_untouched_target_wins_by_the_criterion_it_was_spoilt_in(simulated):
             degradations = vote[f"model_{other}"].split("+")[1:]
             if vote[f"model_{side}"] == "target" and [vote["criterion"]] == [spoils[name] for name in degradations]:
                 won.append(vote[f"label_{side}"])
-    assert len(won) > 30 and np.mean(won) > 0.75
+    decided = [label for label in won if label != 0.5]  # a spoilt part that is not to be seen makes a tie
+    assert len(decided) > 30 and np.mean(decided) > 0.75
 
 
 def test_equal_pictures_are_no_pair(candidates):

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from onereward.rewards import OneRewardConfig, OneRewardModel
+from onereward.rewards.modeling_onereward import NUM_DETAILS, NUM_REGIONS
 
 
 LABELS = {"background": 0, "NCR": 1, "ED": 2, "ET": 3}
@@ -97,9 +98,8 @@ def test_the_default_model_is_small():
     model = OneRewardModel(OneRewardConfig(labels=LABELS))
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_500_000
     assert model.config.criteria == ["quality", "realism", "clinical_relevance"]
-    batch_statistics = [
-        module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-    ]
+    kinds = (torch.nn.modules.batchnorm._BatchNorm,)
+    batch_statistics = [module for module in model.vision.modules() if isinstance(module, kinds)]
     assert not batch_statistics
 
 
@@ -186,13 +186,12 @@ def test_tokens_are_laid_out_like_a_feature_map():
     rewards = []
     for tokens in (False, True):
         model = make_model()
-        features = model.project.in_features
         model.vision = Map(tokens)
-        regions = features // 32
-        channels = regions * model.config.vision_config.num_channels
+        seen = NUM_DETAILS * model.config.image_channels + model.config.vision_config.num_channels
+        statistics = 2 * (NUM_REGIONS + len(LABELS)) * seen
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            model.norm, model.project = torch.nn.LayerNorm(channels), torch.nn.Linear(channels, 16)
+            model.norm, model.project = torch.nn.LayerNorm(statistics), torch.nn.Linear(statistics, 16)
         rewards.append(stacked(model.score(**inputs)))
     torch.testing.assert_close(*rewards)
 

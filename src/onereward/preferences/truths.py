@@ -1,20 +1,19 @@
 """
 What the simulated raters judge by: one measurable truth for each criterion.
 
-A truth is a smooth number for one image under one condition, higher is better. Most of its parts are z-scores, how far
+A truth is a smooth number for one image under one condition, higher is better. Most of its parts are z-scores: how far
 a measure of the repainted region lies from the same measure on real slices of the same task and modality
-(`calibrate`). With the penalty `p(z) = log(1 + z^2)`, for which the step from good to mediocre weighs as much as the
-one from bad to awful, and with `s(z) = log(1 + e^z)`, the smooth one-sided excess, they are
+(`calibrate`). What real slices differ by themselves is no fault: with `e(z) = log(1 + exp(4 (z - 1))) / 4`, nothing
+below one standard deviation and linear above, they are
 
-- **quality** = -p(2 s(noise - 1)) - p(s(-noise - 3)) - p(s(-sharpness)): noise, smoothness like plastic, and lack of
-  sharpness, against the tissue around the mask. A little less noise than real slices have is no fault.
-- **realism** = -p(s(seam)) - p(texture) - p(s(noise - 3)): a step in brightness along the border of the mask that the
-  pixels beside it do not have; detail spectrum and local contrast, as one length in units of real slices; and noise
-  that no real slice has.
-- **clinical_relevance** = -(what the label map asks for) - (what the truth shows). Labels: the mean of p(contrast)
+- **quality** = -e(noise - 1) - e(-sharpness): more noise, and less sharpness, against the tissue around the mask,
+  than real slices have.
+- **realism** = -e(seam) - e(texture): a step in brightness along the border of the mask that the pixels beside it do
+  not have; detail spectrum and local contrast against the tissue around the mask, as one length.
+- **clinical_relevance** = -(what the label map asks for) - (what the truth shows). Labels: the mean of e(|contrast|)
   over the labelled regions, and 3 (1 - correlation of image and layout). Truth, for removal, for extension and where
-  there is no layout to go by: p(difference of coarse anatomy / 0.15) and, for removal, p(2 * share of the lesion that
-  is left). The other side and the surroundings stand in for a truth that is unknown, see `likely_anatomy`.
+  there is no layout to go by: e(difference of coarse anatomy / 0.2) and, for removal, e(4 |share of the lesion that is
+  left|). The other side and the surroundings stand in for a truth that is unknown, see `likely_anatomy`.
 
 None of them is a Dice score, a structural similarity, a pixel-wise error or a distance of network features; those are
 kept for the evaluation.
@@ -51,7 +50,8 @@ def noise_level(image: np.ndarray, where: np.ndarray) -> float:
 
 def sharpness(image: np.ndarray, where: np.ndarray) -> float:
     """
-    Gradient energy of the image over that of the image blurred by 1.5 pixels; brightness and contrast cancel.
+    Gradient energy of the image blurred by 0.5 pixels over that of the image blurred by 2; brightness and contrast
+    cancel, and little noise passes for an edge.
 
     Args: as in `noise_level`.
 
@@ -59,11 +59,11 @@ def sharpness(image: np.ndarray, where: np.ndarray) -> float:
         `float`: about 1 for a blurred image, larger for sharper edges.
     """
 
-    def energy(x):
-        rows, columns = np.gradient(x)
+    def energy(sigma):
+        rows, columns = np.gradient(ndimage.gaussian_filter(image, sigma))
         return (rows**2 + columns**2)[where].mean()
 
-    return float(energy(image) / (energy(ndimage.gaussian_filter(image, 1.5)) + 1e-5))
+    return float(energy(0.5) / (energy(2.0) + 5e-6))
 
 
 def border_step(image: np.ndarray, mask: np.ndarray) -> float:
@@ -107,7 +107,7 @@ def quality_measures(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     inside = _first_large(ndimage.binary_erosion(mask, border_value=1) & tissue, mask & tissue, mask)
     near = ndimage.binary_dilation(mask)
     around = _first_large(ndimage.binary_dilation(near, iterations=8) & ~near & tissue, ~mask & tissue, ~mask)
-    noise = [noise_level(image, where) + 0.004 for where in (inside, around)]  # 0.004 is one grey level of 8 bits
+    noise = [noise_level(image, where) + 0.015 for where in (inside, around)]  # less is not to be seen
     sharp = [sharpness(image, where) for where in (inside, around)]
     return np.log([noise[0] / noise[1], sharp[0] / sharp[1]])
 
@@ -116,21 +116,27 @@ def realism_measures(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """
     Seam and texture of the masked region.
 
-    Texture is that of the image blurred by 0.8 pixels, so that noise cannot pass for it.
+    Texture is that of the image blurred by 0.8 pixels, so that noise cannot pass for it, relative to the tissue up to
+    8 pixels around the mask.
 
     Returns:
         `np.ndarray` of shape `(4,)`: seam, the log ratio of the step at the border to the steps one pixel inside and
-        one outside; the log ratio of the finer to the coarser half of detail; mean and standard deviation of the log
-        local contrast.
+        one outside; and the differences inside - around of the log ratio of the finer to the coarser half of detail,
+        and of mean and standard deviation of the log local contrast.
     """
     beside = ndimage.binary_dilation(mask), ndimage.binary_erosion(mask, border_value=1)
-    seam = (border_step(image, mask) + 0.01) / (np.mean([border_step(image, other) for other in beside]) + 0.01)
-    inside = _first_large(mask & _tissue(image), mask)
+    seam = (border_step(image, mask) + 0.02) / (np.mean([border_step(image, other) for other in beside]) + 0.02)
+    tissue = _tissue(image)
+    near = ndimage.binary_dilation(mask)
+    around = ndimage.binary_dilation(near, iterations=8) & ~near & tissue
     fine, middle, coarse = (ndimage.gaussian_filter(image, sigma) for sigma in (0.8, 1.6, 3.2))
-    bands = [np.sqrt((band[inside] ** 2).mean()) + 0.002 for band in (fine - middle, middle - coarse)]
     variance = ndimage.gaussian_filter(fine**2, 1.5) - ndimage.gaussian_filter(fine, 1.5) ** 2
-    contrast = np.log(np.sqrt(np.clip(variance, 0, None))[inside] + 0.005)
-    return np.array([np.log(seam), np.log(bands[0] / bands[1]), contrast.mean(), contrast.std()])
+    contrast = np.log(np.sqrt(np.clip(variance, 0, None)) + 0.01)
+    texture = []
+    for where in (_first_large(mask & tissue, mask), _first_large(around, ~mask & tissue, ~mask)):
+        bands = [np.sqrt((band[where] ** 2).mean()) + 0.01 for band in (fine - middle, middle - coarse)]
+        texture.append(np.array([np.log(bands[0] / bands[1]), contrast[where].mean(), contrast[where].std()]))
+    return np.concatenate([[np.log(seam)], texture[0] - texture[1]])
 
 
 def region_contrasts(image: np.ndarray, mask: np.ndarray, label_map: np.ndarray) -> dict[int, float]:
@@ -185,9 +191,9 @@ def layout_correlation(
 
 
 def coarse(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image inside the mask, averaged with a Gaussian of 2.5 pixels that nothing outside the mask enters."""
-    weight = ndimage.gaussian_filter(mask.astype(float), 2.5)
-    return np.where(mask, ndimage.gaussian_filter(image * mask, 2.5) / np.maximum(weight, 1e-9), 0)
+    """The image inside the mask, averaged with a Gaussian of 4 pixels that nothing outside the mask enters."""
+    weight = ndimage.gaussian_filter(mask.astype(float), 4)
+    return np.where(mask, ndimage.gaussian_filter(image * mask, 4) / np.maximum(weight, 1e-9), 0)
 
 
 def anatomy_difference(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
@@ -324,12 +330,12 @@ def judge(image: np.ndarray, condition: dict, calibration: dict) -> dict[str, fl
 
     mean, std = calibration["quality", task, modality]
     noise, sharp = (quality_measures(image, mask) - mean) / std
-    quality = -_penalty(2 * _excess(noise - 1)) - _penalty(_excess(-noise - 3)) - _penalty(_excess(-sharp))
+    quality = -_excess(noise - 1) - _excess(-sharp)
 
     mean, std = calibration["realism", task, modality]
     seam, *texture = (realism_measures(image, mask) - mean) / std
     texture = np.sqrt(np.mean(np.square(texture)))
-    realism = -_penalty(_excess(seam)) - _penalty(texture) - _penalty(_excess(noise - 3))
+    realism = -_excess(seam) - _excess(texture)
 
     relevance = 0.0
     labels = np.unique(label_map[mask])
@@ -338,7 +344,7 @@ def judge(image: np.ndarray, condition: dict, calibration: dict) -> dict[str, fl
         keys = {label: ("contrast", label or task, modality) for label in contrasts}
         real = {label: calibration[key] for label, key in keys.items() if key in calibration}
         if real:
-            relevance -= np.mean([_penalty((contrasts[label] - m) / s) for label, (m, s) in real.items()])
+            relevance -= np.mean([_excess(abs(contrasts[label] - m) / s) for label, (m, s) in real.items()])
         if len(labels) > 1:
             expected = {label: m for label, (m, _) in real.items()}
             relevance -= 3 * (1 - layout_correlation(image, mask, label_map, expected))
@@ -346,18 +352,14 @@ def judge(image: np.ndarray, condition: dict, calibration: dict) -> dict[str, fl
     if truth is None and task != "fill":
         truth = likely_anatomy(source, mask)
     if truth is not None and (task != "fill" or len(labels) == 1):
-        relevance -= _penalty(anatomy_difference(image, truth, mask) / 0.15)
+        relevance -= _excess(anatomy_difference(image, truth, mask) / 0.2)
         if task == "remove":
-            relevance -= _penalty(2 * residual_lesion(image, source, truth, mask))
+            relevance -= _excess(abs(4 * residual_lesion(image, source, truth, mask)))
     return {"quality": float(quality), "realism": float(realism), "clinical_relevance": float(relevance)}
 
 
-def _penalty(z):
-    return np.log1p(np.square(z))
-
-
 def _excess(z):
-    return np.logaddexp(0, z)
+    return np.logaddexp(0, 4 * (z - 1)) / 4
 
 
 def _depth(mask):

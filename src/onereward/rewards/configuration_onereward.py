@@ -25,6 +25,8 @@ class OneRewardConfig(PreTrainedConfig):
             Size of the hashed vocabulary of the prompt's words; 0 leaves the prompt out.
         hidden_size (`int`, *optional*, defaults to 128):
             Width of the heads.
+        dropout (`float`, *optional*, defaults to 0.1):
+            Share of the statistics, and of the heads' hidden values, that is dropped in training.
 
     Example:
 
@@ -49,14 +51,15 @@ class OneRewardConfig(PreTrainedConfig):
     image_size: int = 64
     prompt_buckets: int = 0
     hidden_size: int = 128
+    dropout: float = 0.1
 
     def __post_init__(self, **kwargs):
         if self.vision_config is None:
             self.vision_config = {
                 "model_type": "bit",
-                "embedding_size": 48,
-                "hidden_sizes": [128, 256],
-                "depths": [2, 2],
+                "embedding_size": 32,
+                "hidden_sizes": [64, 96],
+                "depths": [1, 1],
                 "num_groups": 8,
             }
         if isinstance(self.vision_config, dict):

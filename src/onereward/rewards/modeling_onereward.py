@@ -32,13 +32,99 @@ class OneRewardOutput(ModelOutput):
     log_nu: torch.FloatTensor | None = None
 
 
+NUM_DETAILS, NUM_REGIONS = 10, 6
+
+
+def _blur(image: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), kernel_size=3, stride=1)
+
+
+def details(image: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """
+    What is to be seen in an image without any training: the image itself, three bands of a Laplacian pyramid kept at
+    full size, the logarithm of each band's local contrast, the absolute finest band, the absolute gradient, and the
+    change from the source.
+
+    Args:
+        image, source (`torch.Tensor` of shape `(B, C, H, W)`):
+            Images, values in [-1, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(B, 10 C, H, W)`.
+    """
+    fine = _blur(image)
+    middle = _blur(fine)
+    coarse = _blur(_blur(middle))
+    right = F.pad((image[..., 1:] - image[..., :-1]).abs(), (0, 1))
+    down = F.pad((image[..., 1:, :] - image[..., :-1, :]).abs(), (0, 0, 0, 1))
+    bands = [image - fine, fine - middle, middle - coarse]
+    contrasts = [(_blur(_blur(band**2)) + 1e-4).log() for band in bands]
+    return torch.cat([image, *bands, *contrasts, bands[0].abs(), right + down, image - source], dim=1)
+
+
+def regions(mask: torch.Tensor, one_hot: torch.Tensor, reach: int = 8) -> torch.Tensor:
+    """
+    Where to look, as weights in [0, 1]: inside the mask, outside, up to `reach` pixels around it, at its border,
+    beside the border on either side, and each label.
+
+    Args:
+        mask (`torch.Tensor` of shape `(B, 1, H, W)`):
+            1 = repainted.
+        one_hot (`torch.Tensor` of shape `(B, K, H, W)`):
+            One-hot labels inside the mask; K may be 0.
+        reach (`int`, *optional*, defaults to 8):
+            Width of the surroundings in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 6 + K, H, W)`.
+    """
+
+    def grow(x, by):
+        return F.max_pool2d(x, kernel_size=2 * by + 1, stride=1, padding=by)
+
+    def shrink(x, by):
+        return -grow(-x, by)
+
+    border, outer, inner = (
+        grow(mask, 1) - shrink(mask, 1),
+        grow(mask, 3) - grow(mask, 1),
+        shrink(mask, 1) - shrink(mask, 3),
+    )
+    return torch.cat([mask, 1 - mask, grow(mask, reach) - mask, border, outer, inner, one_hot], dim=1)
+
+
+def region_statistics(features: torch.Tensor, weights: torch.Tensor, floor: float = 0.03) -> torch.Tensor:
+    """
+    Mean and logarithm of the standard deviation of features over regions; both 0 where a region is empty.
+
+    Args:
+        features (`torch.Tensor` of shape `(B, C, h, w)`):
+            Feature maps.
+        weights (`torch.Tensor` of shape `(B, R, H, W)`):
+            Weight of each pixel in each region, averaged to the size of the maps.
+        floor (`float`, *optional*, defaults to 0.03):
+            Standard deviation that counts as none.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 2 R C)`.
+    """
+    weights = F.adaptive_avg_pool2d(weights, features.shape[-2:]).flatten(2)
+    weights = weights / weights.sum(dim=2, keepdim=True).clamp(min=1e-6)
+    features = features.flatten(2).transpose(1, 2)
+    mean = weights @ features
+    variance = (weights @ features**2 - mean**2).clamp(min=0)
+    return torch.cat([mean, (variance / floor**2 + 1).log() / 2], dim=2).flatten(1)
+
+
 class OneRewardModel(PreTrainedModel):
     r"""
     Judges the repainted part of an image by several criteria at once: a backbone that sees the image, the source, the
     mask and the label map, and one head per criterion, conditioned on the task and the prompt.
 
-    What the backbone sees is averaged over the mask and, apart from it, over the whole image, because the mask is
-    often a small part of the image. Each image is judged alone: scores of a pair do not depend on its order.
+    What is wrong with a repainted part, grain, blur, a seam, a lesion too dark, shows in how it differs from what is
+    around it. So the features of the backbone, and apart from them the image's own detail at several scales, enter
+    the heads as mean and spread over regions: the mask, its border, its surroundings, and each label. That is what
+    lets few votes suffice. Each image is judged alone: scores of a pair do not depend on its order.
 
     Research use only, not for clinical use.
 
@@ -72,13 +158,18 @@ class OneRewardModel(PreTrainedModel):
         self.vision = AutoModel.from_config(config.vision_config)
         backbone = config.vision_config
         features = backbone.hidden_sizes[-1] if hasattr(backbone, "hidden_sizes") else backbone.hidden_size
-        self.norm = nn.LayerNorm(2 * features)
-        self.project = nn.Linear(2 * features, width)
+        statistics = 2 * (NUM_REGIONS + len(config.labels or {})) * (NUM_DETAILS * config.image_channels + features)
+        self.norm = nn.BatchNorm1d(statistics)
+        self.dropout = nn.Dropout(config.dropout)
+        self.project = nn.Linear(statistics, width)
         self.task_embedding = nn.Embedding(len(config.tasks), width)
         if config.prompt_buckets:
             self.word_embedding = nn.Embedding(config.prompt_buckets + 1, width, padding_idx=0)
         self.heads = nn.ModuleList(
-            nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1)) for _ in range(heads)
+            nn.Sequential(
+                nn.GELU(), nn.Dropout(config.dropout), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1)
+            )
+            for _ in range(heads)
         )
         self.log_nu = nn.Parameter(torch.zeros(heads))
         self.register_buffer("logit_mean", torch.zeros(heads))
@@ -109,11 +200,12 @@ class OneRewardModel(PreTrainedModel):
         if features.ndim == 3:  # tokens: leave out class and register tokens, which come first; lay out the grid
             side = int(features.shape[1] ** 0.5)
             features = features[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
-        weight = F.adaptive_avg_pool2d(mask, features.shape[-2:])
-        weight = weight / weight.sum(dim=(2, 3), keepdim=True).clamp(min=1e-6)
-        pooled = torch.cat([(weight * features).sum(dim=(2, 3)), features.mean(dim=(2, 3))], dim=1)
+        channels = self.config.image_channels
+        areas = regions(mask, pixel_values[:, 2 * channels + 1 :])
+        seen = details(pixel_values[:, :channels], pixel_values[:, channels : 2 * channels])
+        statistics = torch.cat([region_statistics(seen, areas), region_statistics(features, areas)], dim=1)
 
-        hidden = self.project(self.norm(pooled)) + self.task_embedding(task_ids)
+        hidden = self.project(self.dropout(self.norm(statistics))) + self.task_embedding(task_ids)
         if self.config.prompt_buckets:
             words = self.word_embedding(word_ids).sum(dim=1)
             hidden = hidden + words / (word_ids > 0).sum(dim=1, keepdim=True).clamp(min=1)
