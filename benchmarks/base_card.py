@@ -37,7 +37,7 @@ def main():
         training_data=options.training.read_text(),
         evaluation=evaluation,
         eval_dataset=(
-            f"{fill['cases']} unseen cases of the phantom in four contrasts, {fill['steps']} denoising steps, guidance "
+            f"{fill['cases']} unseen cases of the phantom in four contrasts, {fill['steps']} steps, guidance "
             f"{fill['guidance_scale']:g}. "
             "The reference of a Dice is that of the same judge on the real slices, the reference of `remove` is "
             "biharmonic inpainting"
