@@ -119,7 +119,7 @@ def generate(
     label_map: Annotated[Path | None, typer.Option(help="PNG whose grey values are labels.")] = None,
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter: a folder or a Hub id.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Weight of guidance; 1 is off.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Weight of guidance; 1 is off.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
 ) -> None:
     """Repaint the masked part of one image. Every pixel outside the mask stays as it was."""
