@@ -428,7 +428,9 @@ itself. Divergence from the base: {ddpo["kl"]:.2g} nats per masked element, afte
 ## Did anything else get better or worse?
 
 Measures that were never a reward, on the same unseen conditions. The interval is that of the difference
-after - before, by case (paired bootstrap, 95 %). "Real" is the same measure of the ground truth.
+after - before, by case (paired bootstrap, 95 %). "Real" is the same measure of the ground truth. Of this many measures
+one in twenty leaves its interval by chance. Simulated raters judge `remove` and `extend` against the truth too, though
+by another measure than the ones here.
 
 | measure | better | before | after | real | interval of the difference | n | failed | verdict |
 |---|---|---|---|---|---|---|---|---|
