@@ -105,8 +105,7 @@ def quality_measures(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """
     tissue = _tissue(image)
     inside = _first_large(ndimage.binary_erosion(mask, border_value=1) & tissue, mask & tissue, mask)
-    near = ndimage.binary_dilation(mask)
-    around = _first_large(ndimage.binary_dilation(near, iterations=8) & ~near & tissue, ~mask & tissue, ~mask)
+    around = _tissue_around(mask, tissue)
     noise = [noise_level(image, where) + 0.015 for where in (inside, around)]  # less is not to be seen
     sharp = [sharpness(image, where) for where in (inside, around)]
     return np.log([noise[0] / noise[1], sharp[0] / sharp[1]])
@@ -127,13 +126,11 @@ def realism_measures(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     beside = ndimage.binary_dilation(mask), ndimage.binary_erosion(mask, border_value=1)
     seam = (border_step(image, mask) + 0.02) / (np.mean([border_step(image, other) for other in beside]) + 0.02)
     tissue = _tissue(image)
-    near = ndimage.binary_dilation(mask)
-    around = ndimage.binary_dilation(near, iterations=8) & ~near & tissue
     fine, middle, coarse = (ndimage.gaussian_filter(image, sigma) for sigma in (0.8, 1.6, 3.2))
     variance = ndimage.gaussian_filter(fine**2, 1.5) - ndimage.gaussian_filter(fine, 1.5) ** 2
     contrast = np.log(np.sqrt(np.clip(variance, 0, None)) + 0.01)
     texture = []
-    for where in (_first_large(mask & tissue, mask), _first_large(around, ~mask & tissue, ~mask)):
+    for where in (_first_large(mask & tissue, mask), _tissue_around(mask, tissue)):
         bands = [np.sqrt((band[where] ** 2).mean()) + 0.01 for band in (fine - middle, middle - coarse)]
         texture.append(np.array([np.log(bands[0] / bands[1]), contrast[where].mean(), contrast[where].std()]))
     return np.concatenate([[np.log(seam)], texture[0] - texture[1]])
@@ -354,7 +351,7 @@ def judge(image: np.ndarray, condition: dict, calibration: dict) -> dict[str, fl
     if truth is not None and (task != "fill" or len(labels) == 1):
         relevance -= _excess(anatomy_difference(image, truth, mask) / 0.2)
         if task == "remove":
-            relevance -= _excess(abs(4 * residual_lesion(image, source, truth, mask)))
+            relevance -= _excess(4 * abs(residual_lesion(image, source, truth, mask)))
     return {"quality": float(quality), "realism": float(realism), "clinical_relevance": float(relevance)}
 
 
@@ -370,6 +367,12 @@ def _depth(mask):
 def _tissue(image):
     """Where there is something to see, unlike in the empty background around a head."""
     return ndimage.gaussian_filter(image, 1.0) > 0.06
+
+
+def _tissue_around(mask, tissue):
+    """Tissue up to 8 pixels from the pixels next to the mask, else all tissue outside the mask, else all outside."""
+    near = ndimage.binary_dilation(mask)
+    return _first_large(ndimage.binary_dilation(near, iterations=8) & ~near & tissue, ~mask & tissue, ~mask)
 
 
 def _first_large(*regions):

@@ -85,12 +85,16 @@ def regions(mask: torch.Tensor, one_hot: torch.Tensor, reach: int = 8) -> torch.
     def shrink(x, by):
         return -grow(-x, by)
 
-    border, outer, inner = (
-        grow(mask, 1) - shrink(mask, 1),
-        grow(mask, 3) - grow(mask, 1),
-        shrink(mask, 1) - shrink(mask, 3),
-    )
-    return torch.cat([mask, 1 - mask, grow(mask, reach) - mask, border, outer, inner, one_hot], dim=1)
+    grown, shrunk = grow(mask, 1), shrink(mask, 1)
+    places = [
+        mask,
+        1 - mask,
+        grow(mask, reach) - mask,
+        grown - shrunk,
+        grow(mask, 3) - grown,
+        shrunk - shrink(mask, 3),
+    ]
+    return torch.cat([*places, one_hot], dim=1)
 
 
 def region_statistics(features: torch.Tensor, weights: torch.Tensor, floor: float = 0.03) -> torch.Tensor:
