@@ -7,11 +7,10 @@ python benchmarks/base_card.py --pipeline runs/base --fill fill.json --remove re
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from onereward import LABELS
-from onereward.hub.cards import pipeline_card, source_commit
+from onereward.hub.cards import pipeline_card, save_card, source_commit
 
 
 def main():
@@ -51,10 +50,7 @@ def main():
         example_prompt="Axial T1-weighted post-contrast MRI of the head with a ring-enhancing tumour",
         commit=source_commit(),
     )
-    path = options.pipeline / "README.md"
-    partial = path.with_name("README.md.partial")
-    partial.write_text(str(card), encoding="utf-8")
-    os.replace(partial, path)
+    save_card(card, options.pipeline)
 
 
 if __name__ == "__main__":

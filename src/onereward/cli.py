@@ -33,6 +33,7 @@ Pipeline = Annotated[
 
 
 def version(value: bool) -> None:
+    """Shows the version, and ends."""
     if value:
         typer.echo(f"onereward {__version__}. Research use only, not for clinical use.")
         raise typer.Exit
@@ -42,7 +43,7 @@ def version(value: bool) -> None:
 def options(
     version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Show it.")] = False,
 ) -> None:
-    pass
+    """Options that stand before the name of a command."""
 
 
 @app.command()

@@ -23,7 +23,7 @@ from onereward.evaluation.figures import before_after_figure, reward_curve_figur
 from onereward.evaluation.heldout import compare, evaluate_pipeline
 from onereward.evaluation.segmenter import load_segmenter
 from onereward.hub.adapters import load_adapter
-from onereward.hub.cards import adapter_card, current_environment, source_commit
+from onereward.hub.cards import adapter_card, current_environment, save_card, source_commit
 from onereward.pipelines import OneRewardMaskPipeline
 from onereward.preferences import CRITERIA, load_votes, make_candidates, save_votes, simulate_votes
 from onereward.rewards import OneRewardConfig, OneRewardModel
@@ -196,6 +196,7 @@ def base_path(folder: Path, settings: DemoSettings) -> str:
 
 
 def load_base(folder: Path, settings: DemoSettings) -> OneRewardMaskPipeline:
+    """The pipeline that DDPO starts from, without a progress bar of its own."""
     pipeline = OneRewardMaskPipeline.from_pretrained(base_path(folder, settings))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -381,7 +382,7 @@ def write_report(folder: Path, settings: DemoSettings, state: dict) -> None:
         widget=[{"text": prompt, "output": {"url": "images/0.png"}}],
         commit=source_commit(),
     )
-    _write_text(folder / "adapter" / "README.md", str(card))
+    save_card(card, folder / "adapter")
 
 
 def report_text(report: dict) -> str:

@@ -394,6 +394,7 @@ def load_segmenter(path: str | os.PathLike = SHIPPED_WEIGHTS) -> Segmenter:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Trains a segmenter on the phantom and writes it, from the command line."""
     from onereward.data.phantom import load_phantom
 
     parser = argparse.ArgumentParser(prog="python -m onereward.evaluation.segmenter", description=__doc__)

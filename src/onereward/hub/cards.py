@@ -1,6 +1,7 @@
 """Cards of what we publish: Jinja templates of `model_cards/`, filled without a network, the same bytes each time."""
 
 import json
+import os
 import platform
 import subprocess
 from functools import partial
@@ -228,6 +229,15 @@ def render_card(template, **fields):
     )
     environment.filters["quoted"] = partial(json.dumps, ensure_ascii=False)  # a string as Python and JSON write it
     return ModelCard(environment.get_template(f"{template}.md.jinja").render(**fields))
+
+
+def save_card(card, folder):
+    """Writes a card as `README.md` into a folder, made where it is missing; a reader never sees half of it."""
+    path = Path(folder, "README.md")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name("README.md.partial")
+    card.save(partial_path)
+    os.replace(partial_path, path)
 
 
 def table(rows):

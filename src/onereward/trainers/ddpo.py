@@ -30,7 +30,7 @@ from transformers.trainer_utils import speed_metrics
 
 from onereward.data.schema import rows_to_tensors
 from onereward.hub.adapters import PEFT_WEIGHTS, save_adapter
-from onereward.hub.cards import adapter_card, source_commit
+from onereward.hub.cards import adapter_card, save_card, source_commit
 from onereward.pipelines import MaskConditions, OneRewardMaskPipeline
 from onereward.policy import (
     adapt_beta,
@@ -1014,10 +1014,7 @@ class DDPOTrainer(Trainer):
                 **fields,
             }
         )
-        os.makedirs(args.output_dir, exist_ok=True)
-        path = os.path.join(args.output_dir, "README.md")
-        card.save(path + ".tmp")
-        os.replace(path + ".tmp", path)
+        save_card(card, args.output_dir)
 
 
 class _UpdateEMA(TrainerCallback):

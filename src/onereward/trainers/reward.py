@@ -1,6 +1,5 @@
 """Trains the reward model on votes."""
 
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from onereward.data.schema import rows_to_tensors
-from onereward.hub.cards import reward_model_card, source_commit
+from onereward.hub.cards import reward_model_card, save_card, source_commit
 from onereward.preferences import best_possible_accuracy, pairs_for_training
 from onereward.rewards.losses import davidson_log_probabilities, preference_loss
 from onereward.rewards.modeling_onereward import OneRewardModel
@@ -403,8 +402,4 @@ class RewardTrainer(Trainer):
                 **fields,
             }
         )
-        path = Path(args.output_dir) / "README.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name("README.md.tmp")
-        temporary.write_text(str(card), encoding="utf-8")
-        os.replace(temporary, path)
+        save_card(card, args.output_dir)
