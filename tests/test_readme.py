@@ -9,6 +9,7 @@ cannot run here (it needs the Hub, or data of the reader's own) is marked in the
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trl import TrlParser
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +101,16 @@ def test_commands_exist(page, workplace):
         elif program in ("python", "python3", "accelerate"):
             for word in arguments:
                 assert "/" not in word or word.startswith(("-", "runs/")) or (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("prefix", ["SFT", "Reward", "DDPO"])
+def test_each_training_script_knows_the_settings_of_its_file(prefix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = runpy.run_path(str(ROOT / "trainers" / f"{prefix.lower()}.py"))
+    settings = str(ROOT / "trainers" / "configs" / f"{prefix.lower()}_phantom.yaml")
+    arguments = ["--config", settings, "--use_cpu", "true", *(["--dataset_name", "votes"] * (prefix == "Reward"))]
+    parser = TrlParser((script[f"{prefix}ScriptArguments"], script[f"{prefix}Config"]))
+    parser.parse_args_and_config(arguments)  # raises on a setting that is unknown
 
 
 @each_page

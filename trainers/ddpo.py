@@ -6,7 +6,7 @@ Tunes the denoiser of a mask-guided pipeline on rewards with DDPO. Research use 
 
 The embedded base on the built-in phantom, with a reward model that `trainers/reward.py` trained:
 
-    accelerate launch trainers/ddpo.py --config trainers/configs/ddpo_phantom.yaml --reward_funcs runs/reward
+    accelerate launch trainers/ddpo.py --config trainers/configs/ddpo_phantom.yaml
 
 On several devices `accelerate launch` starts one process each. To run several processes on a CPU, start them with
 

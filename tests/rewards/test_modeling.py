@@ -8,11 +8,20 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.stats import f_oneway
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from onereward.rewards import OneRewardConfig, OneRewardModel
-from onereward.rewards.modeling_onereward import NUM_DETAILS, NUM_REGIONS
+from onereward.rewards.modeling_onereward import (
+    NUM_DETAILS,
+    NUM_REGIONS,
+    correlation_ratio,
+    details,
+    pull_push,
+    region_statistics,
+    regions,
+)
 
 
 LABELS = {"background": 0, "NCR": 1, "ED": 2, "ET": 3}
@@ -188,12 +197,67 @@ def test_tokens_are_laid_out_like_a_feature_map():
         model = make_model()
         model.vision = Map(tokens)
         seen = NUM_DETAILS * model.config.image_channels + model.config.vision_config.num_channels
-        statistics = 2 * (NUM_REGIONS + len(LABELS)) * seen
+        statistics = NUM_DETAILS * model.config.image_channels + 2 * (NUM_REGIONS + len(LABELS)) * seen
         with torch.random.fork_rng():
             torch.manual_seed(1)
             model.norm, model.project = torch.nn.LayerNorm(statistics), torch.nn.Linear(statistics, 16)
         rewards.append(stacked(model.score(**inputs)))
     torch.testing.assert_close(*rewards)
+
+
+def test_what_is_not_known_continues_what_is():
+    known = torch.ones(1, 1, 32, 32)
+    known[..., 10:20, 12:24] = 0
+    rows = torch.arange(32.0)[:, None].expand(1, 1, 32, 32) / 32
+    filled = pull_push(torch.where(known > 0, rows, 9.0), known)
+    assert torch.equal(filled[known > 0], rows[known > 0])
+    torch.testing.assert_close(filled, rows, atol=0.08, rtol=0)  # an average over squares is no ramp
+    torch.testing.assert_close(pull_push(torch.where(known > 0, 0.3, 9.0), known), torch.full_like(rows, 0.3))
+    assert not pull_push(rows, torch.zeros_like(known)).any()
+
+
+def test_the_correlation_ratio_is_that_of_an_analysis_of_variance():
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(1, 1, 16, 16, generator=generator) < 0.6).float()
+    labels = torch.randint(0, 3, (16, 16), generator=generator)
+    one_hot = (labels == torch.arange(3)[:, None, None]) * mask
+    image = torch.randn(1, 1, 16, 16, generator=generator) + labels
+    groups = [image[one_hot[:, k : k + 1] > 0].numpy() for k in range(3)]
+    between, within = 2 * f_oneway(*groups).statistic, mask.sum() - 3
+    expected = between / (between + within)
+    torch.testing.assert_close(correlation_ratio(image, mask, one_hot)[0, 0], expected, atol=1e-3, rtol=0)
+    assert correlation_ratio(image, mask, one_hot[:, :0]).item() == 0
+
+
+def test_region_statistics_are_mean_and_spread_and_nothing_for_an_empty_region():
+    generator = torch.Generator().manual_seed(0)
+    features, weights = torch.randn(2, 3, 8, 8, generator=generator), torch.zeros(2, 2, 8, 8)
+    weights[:, 0, 2:5, 1:7] = 1
+    mean, spread = (
+        region_statistics(features, weights).unflatten(1, (2, 2, 3)).permute(2, 0, 1, 3).unflatten(0, (2, 1))[:, 0]
+    )
+    inside = features[..., 2:5, 1:7].flatten(2)
+    torch.testing.assert_close(mean[:, 0], inside.mean(dim=2))
+    torch.testing.assert_close(spread[:, 0].exp(), (inside.var(dim=2, correction=0) / 0.03**2 + 1).sqrt())
+    assert not mean[:, 1].any() and not spread[:, 1].any()
+
+
+def test_a_healthy_symmetric_slice_stands_out_against_neither_side_nor_surroundings():
+    source, mask = torch.full((1, 1, 32, 32), 0.2), torch.zeros(1, 1, 32, 32)
+    source[..., 12:20, 8:14] = 0.9  # a lesion, masked
+    mask[..., 10:22, 6:16] = 1
+    healthy, kept = torch.full_like(source, 0.2), source
+    for image, differs in ((healthy, False), (kept, True)):
+        _, *_, surroundings, other_side, _ = details(image, source, mask)[0]
+        assert (surroundings[mask[0, 0] > 0].abs().max() > 0.1) == differs
+        assert (other_side[mask[0, 0] > 0].abs().max() > 0.1) == differs
+
+
+def test_empty_background_is_not_part_of_the_surroundings():
+    mask, one_hot, tissue = torch.zeros(1, 1, 32, 32), torch.zeros(1, 0, 32, 32), torch.zeros(1, 1, 32, 32)
+    mask[..., 12:18, 12:18], tissue[..., 8:24, 8:24] = 1, 1
+    _, outside, around, *_ = regions(mask, one_hot, tissue)[0]
+    assert outside.sum() == around.sum() == 16 * 16 - 6 * 6
 
 
 def test_gradients_reach_the_image():

@@ -12,8 +12,10 @@ below one standard deviation and linear above, they are
   not have; detail spectrum and local contrast against the tissue around the mask, as one length.
 - **clinical_relevance** = -(what the label map asks for) - (what the truth shows). Labels: the mean of e(|contrast|)
   over the labelled regions, and 3 (1 - correlation of image and layout). Truth, for removal, for extension and where
-  there is no layout to go by: e(difference of coarse anatomy / 0.2) and, for removal, e(4 |share of the lesion that is
-  left|). The other side and the surroundings stand in for a truth that is unknown, see `likely_anatomy`.
+  there is no layout to go by: e((difference of coarse anatomy - 0.25) / 0.15) and, for removal, e((|share of the
+  lesion that is left| - 0.25) / 0.25). Nobody can see what was in the mask: a guess from the other side and the
+  surroundings (`likely_anatomy`) lies 0.24 +- 0.15 from the phantom's truth, and no more is asked of an image. The
+  guess stands in for a truth that is unknown.
 
 None of them is a Dice score, a structural similarity, a pixel-wise error or a distance of network features; those are
 kept for the evaluation.
@@ -349,9 +351,9 @@ def judge(image: np.ndarray, condition: dict, calibration: dict) -> dict[str, fl
     if truth is None and task != "fill":
         truth = likely_anatomy(source, mask)
     if truth is not None and (task != "fill" or len(labels) == 1):
-        relevance -= _excess(anatomy_difference(image, truth, mask) / 0.2)
+        relevance -= _excess((anatomy_difference(image, truth, mask) - 0.25) / 0.15)
         if task == "remove":
-            relevance -= _excess(4 * abs(residual_lesion(image, source, truth, mask)))
+            relevance -= _excess((abs(residual_lesion(image, source, truth, mask)) - 0.25) / 0.25)
     return {"quality": float(quality), "realism": float(realism), "clinical_relevance": float(relevance)}
 
 

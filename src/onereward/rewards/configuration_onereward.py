@@ -57,9 +57,9 @@ class OneRewardConfig(PreTrainedConfig):
         if self.vision_config is None:
             self.vision_config = {
                 "model_type": "bit",
-                "embedding_size": 32,
-                "hidden_sizes": [64, 96],
-                "depths": [1, 1],
+                "embedding_size": 16,
+                "hidden_sizes": [16],
+                "depths": [1],
                 "num_groups": 8,
             }
         if isinstance(self.vision_config, dict):

@@ -110,6 +110,9 @@ class DDPOConfig(TrainingArguments):
 
         learning_rate (`float`, *optional*, defaults to `1e-3`):
             Peak learning rate of AdamW.
+        adam_epsilon (`float`, *optional*, defaults to `1e-12`):
+            Epsilon of AdamW. Log-probabilities are means over thousands of elements and their gradients small, often
+            below the usual `1e-8`, which would then shrink every update.
         per_device_train_batch_size (`int`, *optional*, defaults to `16`):
             Images that go through the denoiser at once, in the rollout as in training: the same batches, of the same
             step, so that the ratio of an untouched policy is exactly 1.
@@ -138,6 +141,7 @@ class DDPOConfig(TrainingArguments):
 
     output_dir: str | None = field(default="ddpo", metadata={"help": "Where adapter and checkpoints are written."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    adam_epsilon: float = field(default=1e-12, metadata={"help": "Epsilon of AdamW."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Images per denoiser call and device."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Images per denoiser call in evaluation."})
     logging_steps: float = field(default=1, metadata={"help": "Updates between two logs."})
