@@ -183,7 +183,7 @@ def fit_to_data(folder: Path, settings: DemoSettings) -> dict:
     peft_config = LoraConfig(r=16, lora_alpha=32, target_modules=[*ATTENTION, "conv1", "conv2"])
     trainer = SFTTrainer(pipeline, args, rows, peft_config=peft_config, callbacks=[ProgressBar("Fitting")])
     train(trainer)
-    trainer.swap_ema()
+    trainer.ema.swap()
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     pipeline.save_pretrained(folder / "pipeline")
@@ -431,8 +431,8 @@ Measures that were never a reward, on the same unseen conditions. The interval i
 after - before, by case (paired bootstrap, 95 %). "Real" is the same measure of the ground truth. Of this many measures
 one in twenty leaves its interval by chance. Simulated raters judge `remove` and `extend` against the truth too, though
 by another measure than the ones here. A sharper image lies further from the truth pixel by pixel than a smooth one,
-even where it is as likely (https://huggingface.co/papers/1711.06077): `mae` and `ssim` tell how close an image is, Dice,
-residual tumour and kernel distance how plausible.
+even where it is as likely (https://huggingface.co/papers/1711.06077): `mae` and `ssim` tell how close an image is;
+Dice, residual tumour and kernel distance tell how plausible.
 
 | measure | better | before | after | real | interval of the difference | n | failed | verdict |
 |---|---|---|---|---|---|---|---|---|

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from onereward.data.phantom import load_phantom
 from onereward.data.schema import rows_to_tensors
@@ -165,7 +166,7 @@ def test_resumed_training_ends_with_the_same_weights(make_trainer, lora, ema_dec
     resumed.train(resume_from_checkpoint=str(tmp_path / "sft" / "checkpoint-2"))
     assert resumed.state.global_step == 4
     assert len(whole.trainable) == len(resumed.trainable) > 0
-    for a, b in zip(whole.trainable + (whole.ema or []), resumed.trainable + (resumed.ema or []), strict=True):
+    for a, b in zip(whole.trainable + whole.ema.averages, resumed.trainable + resumed.ema.averages, strict=True):
         assert torch.equal(a, b)
     if lora:
         assert list(resumed.pipeline.unet.peft_config) == ["default"]
@@ -175,15 +176,15 @@ def test_average_of_the_weights_is_that_of_diffusers(make_trainer):
     trainer = make_trainer(ema_decay=0.5, max_steps=3, save_strategy="no")
     theirs = EMAModel(trainer.trainable)
 
-    class Follow(type(trainer.callback_handler.callbacks[-1])):
+    class Follow(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             decay = min(0.5, (1 + state.global_step) / (10 + state.global_step))
             for average, weight in zip(theirs.shadow_params, trainer.trainable, strict=True):
                 average.sub_((1 - decay) * (average - weight.detach()))
 
-    trainer.add_callback(Follow(trainer))
+    trainer.add_callback(Follow())
     trainer.train()
-    for ours, expected in zip(trainer.ema, theirs.shadow_params, strict=True):
+    for ours, expected in zip(trainer.ema.averages, theirs.shadow_params, strict=True):
         torch.testing.assert_close(ours, expected)
 
 
@@ -192,10 +193,10 @@ def test_what_is_saved_is_the_average(make_trainer, tmp_path):
     trainer.train()
     trainer.save_model()
     loaded = OneRewardMaskPipeline.from_pretrained(tmp_path / "sft")
-    for parameter, average in zip(loaded.unet.parameters(), trainer.ema, strict=True):
+    for parameter, average in zip(loaded.unet.parameters(), trainer.ema.averages, strict=True):
         assert torch.equal(parameter, average)
     assert not (tmp_path / "sft" / "weights_behind_ema.safetensors").exists()
-    assert any(not torch.equal(a, b) for a, b in zip(trainer.trainable, trainer.ema, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(trainer.trainable, trainer.ema.averages, strict=True))
 
 
 def test_adapter_loads_into_diffusers_and_peft_alike(make_trainer, tiny_pipeline, rows, tmp_path):

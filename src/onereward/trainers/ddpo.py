@@ -43,6 +43,7 @@ from onereward.policy import (
 )
 from onereward.rewards import OneRewardModel
 from onereward.rewards.advantages import as_rewards, compute_advantages, group_std
+from onereward.trainers.ema import WeightAverage
 from onereward.trainers.sample_grid import sample_grid
 
 
@@ -53,7 +54,7 @@ RewardFunc = str | OneRewardModel | Callable
 # What random numbers are for: the first key after the seed.
 ORDER, WINDOW, ROLLOUT, EVALUATION = range(4)
 
-STATE_FILE, EMA_FILE, ROLLOUT_FILE = "ddpo_state.json", "weights_behind_ema.safetensors", "rollout_{}.safetensors"
+STATE_FILE, ROLLOUT_FILE = "ddpo_state.json", "rollout_{}.safetensors"
 
 
 @dataclass
@@ -421,7 +422,6 @@ class DDPOTrainer(Trainer):
 
         # State that a checkpoint holds besides the Trainer's own
         self.beta = args.beta
-        self.ema = None  # moving average of the weights
         self.start = None  # reward and standard deviation within groups of the first evaluation
         self._rollout = None
         self._update_kl = []
@@ -437,9 +437,8 @@ class DDPOTrainer(Trainer):
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False
-        if args.ema_decay is not None:
-            self.ema = [p.detach().clone() for p in self.policy_parameters]
-            self.add_callback(_UpdateEMA(self))
+        self.ema = WeightAverage(self.policy_parameters, args.ema_decay)
+        self.add_callback(self.ema)
         for module in (pipeline.vae, pipeline.text_encoder):
             if module is not None:
                 module.to(args.device)
@@ -797,8 +796,7 @@ class DDPOTrainer(Trainer):
         if dataset is None:
             raise ValueError("There is no `eval_dataset`; pass one to the trainer or to `evaluate`.")
         start_time, args, spans = time.time(), self.args, list(self._denoiser_watch.spans)
-        self.swap_ema()
-        try:
+        with self.ema.applied():
             rewards = self._evaluate_rows(dataset, list(range(len(dataset))), 1, range(0), "Evaluating")
             if self.start is None:
                 window = stochastic_window(
@@ -808,8 +806,6 @@ class DDPOTrainer(Trainer):
                 groups = self._evaluate_rows(dataset, rows, args.num_generations, window, "Measuring the spread")
                 stds = group_std(torch.cat([groups, self._weighted_sum(groups)[:, None]], dim=1), args.num_generations)
                 self.start = {"reward": self._weighted_sum(rewards).nanmean().item(), "stds": stds.tolist()}
-        finally:
-            self.swap_ema()
         self._denoiser_watch.spans = spans  # the speed that is logged is that of the training
         if self._logged_at is not None:
             self._logged_at += time.time() - start_time
@@ -904,17 +900,10 @@ class DDPOTrainer(Trainer):
 
     # -------------------------------------------------------------------------------------------- saving and resuming
 
-    def swap_ema(self) -> None:
-        """Exchanges the adapter's weights and their average, if there is one; calling it again changes them back."""
-        if self.ema is not None:
-            for parameter, average in zip(self.policy_parameters, self.ema, strict=True):
-                parameter.data, average.data = average.data, parameter.data
-
     def _save(self, output_dir: str | None = None, state_dict=None):
         if self.args.should_save:
-            self.swap_ema()
-            save_adapter(self.pipeline, output_dir or self.args.output_dir, base_model=self._base_model)
-            self.swap_ema()
+            with self.ema.applied():
+                save_adapter(self.pipeline, output_dir or self.args.output_dir, base_model=self._base_model)
 
     @property
     def _base_model(self) -> str | None:
@@ -926,9 +915,7 @@ class DDPOTrainer(Trainer):
         if self.args.should_save:
             with open(os.path.join(output_dir, STATE_FILE), "w", encoding="utf-8") as file:
                 json.dump({"beta": self.beta, "start": self.start}, file)
-            if self.ema is not None:  # what is saved as the adapter is the average
-                weights = {str(i): p.detach().contiguous() for i, p in enumerate(self.policy_parameters)}
-                save_file(weights, os.path.join(output_dir, EMA_FILE))
+            self.ema.save_weights_behind(output_dir)
         batches = self.state.global_step * self.args.gradient_accumulation_steps
         if batches % (self.args.steps_per_generation * self.args.num_iterations):  # in the midst of a rollout
             rollout = self._rollout
@@ -946,11 +933,7 @@ class DDPOTrainer(Trainer):
         weights = load_file(folder / PEFT_WEIGHTS)
         weights = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
         set_peft_model_state_dict(self.pipeline.unet, weights)  # in place: a second adapter would not be trained
-        if self.ema is not None:
-            behind = load_file(folder / EMA_FILE)
-            for i, (parameter, average) in enumerate(zip(self.policy_parameters, self.ema, strict=True)):
-                average.data.copy_(parameter.data)
-                parameter.data.copy_(behind[str(i)])
+        self.ema.load_weights_behind(folder)
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         self.beta, self.start = state["beta"], state["start"]
         path = folder / ROLLOUT_FILE.format(self.args.process_index)
@@ -1019,16 +1002,3 @@ class DDPOTrainer(Trainer):
             }
         )
         save_card(card, args.output_dir)
-
-
-class _UpdateEMA(TrainerCallback):
-    """`average = d * average + (1 - d) * weights` after each update, with `d` warming up to `ema_decay`."""
-
-    def __init__(self, trainer: DDPOTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        decay = min(args.ema_decay, (1 + state.global_step) / (10 + state.global_step))
-        with torch.no_grad():
-            weights = [p.detach() for p in self.trainer.policy_parameters]
-            torch._foreach_lerp_(self.trainer.ema, weights, 1 - decay)

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from diffusers.training_utils import compute_snr
 from peft import LoraConfig, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from onereward.data.masks import random_mask
 from onereward.data.schema import rows_to_tensors
 from onereward.hub.adapters import PEFT_WEIGHTS, save_adapter
 from onereward.pipelines.pipeline_onereward_mask import TASK_PROMPTS, MaskConditions, OneRewardMaskPipeline
+from onereward.trainers.ema import WEIGHTS_BEHIND_EMA, WeightAverage
 
 
 @dataclass
@@ -177,10 +178,8 @@ class SFTTrainer(Trainer):
             if module is not None:
                 module.to(self.args.device)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.ema = None
-        if args.ema_decay is not None:
-            self.ema = [p.detach().clone() for p in self.trainable]
-            self.add_callback(_UpdateEMA(self))
+        self.ema = WeightAverage(self.trainable, args.ema_decay)
+        self.add_callback(self.ema)
 
     # ------------------------------------------------------------------------------------------------------- batches
 
@@ -262,38 +261,26 @@ class SFTTrainer(Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
     def evaluate(self, *args, **kwargs):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), self.ema.applied():
             torch.manual_seed(self.args.seed)
-            self.swap_ema()
-            try:
-                return super().evaluate(*args, **kwargs)
-            finally:
-                self.swap_ema()
-
-    def swap_ema(self) -> None:
-        """Exchanges the weights and their average; calling it again changes them back."""
-        if self.ema is not None:
-            for parameter, average in zip(self.trainable, self.ema, strict=True):
-                parameter.data, average.data = average.data, parameter.data
+            return super().evaluate(*args, **kwargs)
 
     # --------------------------------------------------------------------------------------------- saving and resuming
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         output_dir = output_dir or self.args.output_dir
         os.makedirs(output_dir, exist_ok=True)
-        if self.ema is not None:  # what is published is the average; resuming needs the weights behind it too
-            weights = {str(i): p.detach().clone() for i, p in enumerate(self.trainable)}
-            save_file(weights, os.path.join(output_dir, "weights_behind_ema.safetensors"))
-        self.swap_ema()
-        if self.peft_config is None:
-            self.pipeline.save_pretrained(output_dir)
-        else:
-            save_adapter(self.pipeline, output_dir, base_model=getattr(self.pipeline.config, "_name_or_path", None))
-        self.swap_ema()
+        self.ema.save_weights_behind(output_dir)
+        with self.ema.applied():
+            if self.peft_config is None:
+                self.pipeline.save_pretrained(output_dir)
+            else:
+                base_model = getattr(self.pipeline.config, "_name_or_path", None)
+                save_adapter(self.pipeline, output_dir, base_model=base_model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         super().save_model(output_dir, _internal_call)
-        behind = os.path.join(output_dir or self.args.output_dir, "weights_behind_ema.safetensors")
+        behind = os.path.join(output_dir or self.args.output_dir, WEIGHTS_BEHIND_EMA)
         if not _internal_call and os.path.exists(behind):
             os.remove(behind)
 
@@ -309,21 +296,4 @@ class SFTTrainer(Trainer):
             weights = load_file(os.path.join(resume_from_checkpoint, PEFT_WEIGHTS))
             weights = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
             set_peft_model_state_dict(pipeline.unet, weights)  # in place: a second adapter would not be trained
-        if self.ema is not None:
-            behind = load_file(os.path.join(resume_from_checkpoint, "weights_behind_ema.safetensors"))
-            for i, (parameter, average) in enumerate(zip(self.trainable, self.ema, strict=True)):
-                average.data.copy_(parameter.data)
-                parameter.data.copy_(behind[str(i)])
-
-
-class _UpdateEMA(TrainerCallback):
-    """`average = d * average + (1 - d) * weights` after each optimizer step, with `d` warming up to `ema_decay`."""
-
-    def __init__(self, trainer: SFTTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        decay = min(args.ema_decay, (1 + state.global_step) / (10 + state.global_step))
-        with torch.no_grad():
-            weights = [p.detach() for p in self.trainer.trainable]
-            torch._foreach_lerp_(self.trainer.ema, weights, 1 - decay)
+        self.ema.load_weights_behind(resume_from_checkpoint)
