@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from onereward import __version__
+from onereward.data.whole_file import whole_file
 
 
 # Heavy imports stay inside the commands, so that `onereward --help` answers at once.
@@ -162,10 +163,8 @@ def generate(
     marks = PngInfo()
     marks.add_text("Software", f"onereward {__version__}")
     marks.add_text("Comment", f"SYNTHETIC: {task} by {Path(pipeline).name}, seed {seed}. Not for clinical use.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.partial")
-    result.save(partial, format="png", pnginfo=marks)
-    os.replace(partial, output)
+    with whole_file(output) as partial:
+        result.save(partial, format="png", pnginfo=marks)
     typer.echo(f"Wrote {output}. Synthetic, research use only, not for clinical use.")
 
 

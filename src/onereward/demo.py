@@ -19,6 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from onereward.data.phantom import load_phantom
 from onereward.data.schema import rows_to_tensors, split_by_case
+from onereward.data.whole_file import whole_file
 from onereward.evaluation.figures import before_after_figure, reward_curve_figure
 from onereward.evaluation.heldout import compare, evaluate_pipeline
 from onereward.evaluation.segmenter import load_segmenter
@@ -514,6 +515,5 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

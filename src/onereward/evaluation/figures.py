@@ -3,7 +3,6 @@
 import os
 import re
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 
 from onereward.data.schema import LABELS
+from onereward.data.whole_file import whole_file
 
 
 NOTICE = "Synthetic images. Research use only, not for clinical use."
@@ -24,11 +24,8 @@ INK, MUTED, PAPER = "#1a1a1a", "#666666", "#ffffff"
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    FigureCanvasAgg(figure).print_png(partial)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        FigureCanvasAgg(figure).print_png(partial)
 
 
 def _rgb(image: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from onereward.data.schema import LABELS, rows_to_tensors
+from onereward.data.whole_file import whole_file
 from onereward.evaluation.bootstrap import percentile_interval, resample_cases, weighted_mean
 from onereward.evaluation.metrics import dice
 
@@ -345,7 +346,6 @@ def dice_table(segmenter: Segmenter, dataset, seed: int = 0) -> dict:
 def save_segmenter(segmenter: Segmenter, path: str | os.PathLike) -> None:
     """Writes the weights with their card in the header (safetensors), and the card beside them as JSON to read."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     architecture = {
         "labels": segmenter.labels,
         "modalities": segmenter.modalities,
@@ -353,12 +353,11 @@ def save_segmenter(segmenter: Segmenter, path: str | os.PathLike) -> None:
         "widths": [block[0].out_channels for block in segmenter.down],
     }
     card = {**segmenter.card, "architecture": architecture}
-    partial = path.with_name(f"{path.name}.partial")
     weights = {name: tensor.contiguous() for name, tensor in segmenter.state_dict().items()}
-    save_file(weights, partial, metadata={"format": "pt", "card": json.dumps(card)})
-    os.replace(partial, path)
-    partial.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path.with_suffix(".json"))
+    with whole_file(path) as partial:
+        save_file(weights, partial, metadata={"format": "pt", "card": json.dumps(card)})
+    with whole_file(path.with_suffix(".json")) as partial:
+        partial.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 def load_segmenter(path: str | os.PathLike = SHIPPED_WEIGHTS) -> Segmenter:

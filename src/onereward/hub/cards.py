@@ -1,7 +1,6 @@
 """Cards of what we publish: Jinja templates of `model_cards/`, filled without a network, the same bytes each time."""
 
 import json
-import os
 import platform
 import subprocess
 from functools import partial
@@ -10,6 +9,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from onereward.data.whole_file import whole_file
 
 
 # In a wheel the templates lie inside the package, in a checkout at the top of the repository.
@@ -233,11 +234,8 @@ def render_card(template, **fields):
 
 def save_card(card, folder):
     """Writes a card as `README.md` into a folder, made where it is missing; a reader never sees half of it."""
-    path = Path(folder, "README.md")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name("README.md.partial")
-    card.save(partial_path)
-    os.replace(partial_path, path)
+    with whole_file(Path(folder, "README.md")) as partial_path:
+        card.save(partial_path)
 
 
 def table(rows):

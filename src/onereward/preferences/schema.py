@@ -3,7 +3,6 @@
 import io
 import os
 from hashlib import sha256
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 
 from onereward.data.masks import check_label_map, check_mask
 from onereward.data.schema import TASKS
+from onereward.data.whole_file import whole_file
 
 
 CRITERIA = ("quality", "realism", "clinical_relevance")
@@ -129,15 +129,9 @@ def save_votes(votes: datasets.Dataset, path: str | os.PathLike) -> None:
     votes = votes.select_columns(list(VOTE_FEATURES))
     validate_votes(votes, tuple(dict.fromkeys(votes["criterion"])))
     table = embed_table_storage(votes.with_format("arrow")[:])
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as partial:
         # Votes on a pair repeat its pictures: stored once a column chunk as a dictionary, they cost next to nothing.
-        pq.write_table(table, temporary, compression="zstd", dictionary_pagesize_limit=2**26, row_group_size=4096)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        pq.write_table(table, partial, compression="zstd", dictionary_pagesize_limit=2**26, row_group_size=4096)
 
 
 def load_votes(path: str | os.PathLike, criteria: tuple[str, ...] = CRITERIA) -> datasets.Dataset:

@@ -29,6 +29,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import speed_metrics
 
 from onereward.data.schema import rows_to_tensors
+from onereward.data.whole_file import whole_file
 from onereward.hub.adapters import PEFT_WEIGHTS, save_adapter
 from onereward.hub.cards import adapter_card, save_card, source_commit
 from onereward.pipelines import MaskConditions, OneRewardMaskPipeline
@@ -885,11 +886,10 @@ class DDPOTrainer(Trainer):
             images.unflatten(0, (-1, count))[:num_groups],
             rewards.view(-1, count)[:num_groups],
         )
-        folder, step = Path(self.args.output_dir, "samples"), self.state.global_step
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step_{step:06d}.png"
-        grid.save(path.with_suffix(".tmp"), format="png")
-        os.replace(path.with_suffix(".tmp"), path)
+        step = self.state.global_step
+        path = Path(self.args.output_dir, "samples", f"step_{step:06d}.png")
+        with whole_file(path) as partial:
+            grid.save(partial, format="png")
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
