@@ -178,6 +178,7 @@ def fit_to_data(folder: Path, settings: DemoSettings) -> dict:
         ema_decay=0.98,
         save_steps=50,
         save_total_limit=1,
+        dataloader_pin_memory=False,
         report_to="none",
         seed=settings.seed,
     )
@@ -233,6 +234,7 @@ def train_reward_model(folder: Path, settings: DemoSettings) -> dict:
         num_train_epochs=settings.reward_epochs,
         per_device_train_batch_size=144,  # the pairs of four conditions
         save_strategy="no",
+        dataloader_pin_memory=False,  # warns where there is no GPU
         report_to="none",
         seed=settings.seed,
     )
