@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModel
 
@@ -74,6 +75,19 @@ def test_whole_loop_leaves_a_true_report_and_artefacts_that_load(base, tiny_pipe
     assert (folder / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match=r"other settings \(seed\).*--restart"):
         run_demo(folder, DemoSettings(pipeline=base, seed=1, **SMALL))
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_where_a_run_in_one_piece_does(base, tmp_path, monkeypatch):
+    settings = DemoSettings(pipeline=base, **SMALL)
+    whole = run_demo(tmp_path / "whole", settings)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(demo, "tune", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_demo(tmp_path / "stopped", settings)
+    torch.rand(7)  # another process would have other random numbers
+    stopped = run_demo(tmp_path / "stopped", settings)
+    for part in ("reward_model", "ddpo", "heldout"):
+        assert stopped[part] == whole[part]
 
 
 @pytest.mark.slow

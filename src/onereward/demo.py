@@ -111,6 +111,7 @@ def run_demo(output_dir: str | os.PathLike, settings: DemoSettings, restart: boo
             return
         console.print(f"\n[bold]{name}[/bold]  {text}")
         start = time.perf_counter()
+        torch.manual_seed(settings.seed)  # a run that goes on draws what a run in one piece would
         state["results"][name] = run(folder, settings, *args)
         gc.collect()
         state["seconds"][name] = round(time.perf_counter() - start, 1)
@@ -223,7 +224,6 @@ def collect_votes(folder: Path, settings: DemoSettings) -> dict:
 
 def train_reward_model(folder: Path, settings: DemoSettings) -> dict:
     """`reward_model/`."""
-    torch.manual_seed(settings.seed)
     votes = load_votes(folder / "votes.parquet")
     parts = split_by_case(votes, {"train": 0.75, "test": 0.25}, settings.seed)
     image = votes[0]["image"]

@@ -314,6 +314,24 @@ def test_saved_and_loaded_it_paints_the_same(tiny_pipeline, source, layout, tmp_
     assert dict(loaded.config.labels) == {"background": 0, "NCR": 1, "ED": 2, "ET": 3}
 
 
+def test_pickles_are_not_read_unless_asked_for(tiny_pipeline, tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    for part in ("unet", "vae"):
+        folder = tmp_path / part
+        torch.save(getattr(pipeline, part).state_dict(), folder / "diffusion_pytorch_model.bin")
+        (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        OneRewardMaskPipeline.from_pretrained(tmp_path)
+    OneRewardMaskPipeline.from_pretrained(tmp_path, use_safetensors=None)  # either kind, as in diffusers
+
+    torch.save({"unet.layer.lora_A.weight": torch.ones(1)}, tmp_path / "pytorch_lora_weights.bin")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        pipeline.load_lora_weights(str(tmp_path), weight_name="pytorch_lora_weights.bin")
+    with pytest.raises(OSError):
+        pipeline.load_lora_weights(str(tmp_path))
+
+
 def test_no_path_of_this_machine_is_saved(tiny_pipeline, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "first")
     OneRewardMaskPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")

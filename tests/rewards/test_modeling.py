@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -327,6 +328,15 @@ def test_the_folder_is_whole(saved):
     assert "Research use only, not for clinical use." in (folder / "README.md").read_text()
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModel"] == "modeling_onereward.OneRewardModel"
+
+
+def test_a_pickle_is_not_read_unless_asked_for(saved, tmp_path):
+    model, folder = saved
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for loader in (OneRewardModel, AutoModel):
+        with pytest.raises(OSError, match="safetensors"):
+            loader.from_pretrained(tmp_path)
 
 
 def test_a_card_that_is_there_stays(saved):

@@ -182,6 +182,25 @@ class OneRewardMaskPipeline(
     # ------------------------------------------------------------------------------------------------ Hub loading
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        As [`~diffusers.DiffusionPipeline.from_pretrained`], but weights are read from safetensors alone; pickles need
+        `use_safetensors=False`.
+        """
+        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
+        """As in the Stable Diffusion pipelines, with safetensors as in `from_pretrained`."""
+        kwargs = {"use_safetensors": True, **kwargs}
+        weight_name = kwargs.get("weight_name")
+        if kwargs["use_safetensors"] and weight_name and not weight_name.endswith(".safetensors"):
+            raise ValueError(  # diffusers would unpickle it all the same
+                f"`weight_name` is {weight_name!r}, which is no safetensors file. Convert it, or pass "
+                "`use_safetensors=False` if you trust whoever made it: a pickle can run code."
+            )
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
+
+    @classmethod
     def _dict_from_json_file(cls, json_file):
         # The repository names its own copy of this file. Called on the installed class, that copy is never executed.
         config = super()._dict_from_json_file(json_file)

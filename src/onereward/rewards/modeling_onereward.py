@@ -432,6 +432,14 @@ class OneRewardModel(PreTrainedModel):
             self.train(training)
         return dict(zip(self.config.criteria, rewards.float().unbind(dim=1), strict=True))
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`], but weights are read from safetensors alone; pickles need
+        `use_safetensors=False`.
+        """
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **{"use_safetensors": True, **kwargs})
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """
         Save `config.json`, `model.safetensors`, the two files of code that make the folder loadable without the
