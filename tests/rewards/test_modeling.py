@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from onereward.rewards import OneRewardConfig, OneRewardModel
-from onereward.rewards.modeling_onereward import (
+from onereward.rewards.features_onereward import (
     NUM_DETAILS,
     NUM_REGIONS,
     correlation_ratio,
@@ -66,8 +66,8 @@ def make_model(vision="bit", seed=0, **config) -> OneRewardModel:
         with torch.no_grad():  # as if it was trained: no parameter is at a special value
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            model.logit_mean.normal_()
-            model.logit_std.uniform_(0.5, 2)
+            model.heads.logit_mean.normal_()
+            model.heads.logit_std.uniform_(0.5, 2)
     return model.eval()
 
 
@@ -164,7 +164,7 @@ def test_rewards_are_standardized_logits():
     model, inputs = make_model(), make_inputs()
     with torch.no_grad():
         logits = model(**model.prepare_inputs(**inputs)).logits
-    expected = (logits - model.logit_mean) / model.logit_std
+    expected = (logits - model.heads.logit_mean) / model.heads.logit_std
     torch.testing.assert_close(stacked(model.score(**inputs)), expected)
 
 
@@ -172,8 +172,9 @@ def test_rewards_are_standardized_logits():
 def test_no_head_learns_from_the_votes_on_another_criterion(criterion):
     model = make_model().train()
     model(**model.prepare_inputs(**make_inputs())).logits[:, criterion].sum().backward()
-    touched = [any(p.grad is not None and p.grad.any() for p in head.parameters()) for head in model.heads]
-    assert touched == [head == criterion for head in range(3)]
+    for layers in (model.heads.bodies, model.heads.outputs):
+        touched = [any(p.grad is not None and p.grad.any() for p in layer.parameters()) for layer in layers]
+        assert touched == [head == criterion for head in range(3)]
     assert all(parameter.grad is not None for parameter in model.vision.parameters())
 
 
@@ -202,7 +203,8 @@ def test_tokens_are_laid_out_like_a_feature_map():
         statistics = NUM_DETAILS * model.config.image_channels + 2 * (NUM_REGIONS + len(LABELS)) * seen
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            model.norm, model.project = torch.nn.LayerNorm(statistics), torch.nn.Linear(statistics, 16)
+            model.heads.norm = torch.nn.LayerNorm(statistics)
+            model.heads.project = torch.nn.Linear(statistics, 16)
         rewards.append(stacked(model.score(**inputs)))
     torch.testing.assert_close(*rewards)
 
@@ -322,7 +324,8 @@ def test_save_and_load_change_no_reward(saved):
 
 def test_the_folder_is_whole(saved):
     _, folder = saved
-    files = {"config.json", "model.safetensors", "configuration_onereward.py", "modeling_onereward.py", "README.md"}
+    code = {"configuration_onereward", "modeling_onereward", "features_onereward", "losses", "image_reward_pipeline"}
+    files = {"config.json", "model.safetensors", "README.md", *(f"{name}.py" for name in code)}
     assert {path.name for path in folder.iterdir()} == files
     assert "Research use only, not for clinical use." in (folder / "README.md").read_text()
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]

@@ -16,7 +16,7 @@ from onereward.preferences.schema import VOTE_DEFAULTS, VOTE_SCHEMA_VERSION, to_
 from onereward.rewards import OneRewardConfig, OneRewardModel
 from onereward.trainers.reward import (
     ConditionSampler,
-    PreferencePairs,
+    Questions,
     RewardConfig,
     RewardTrainer,
     expected_calibration_error,
@@ -161,7 +161,7 @@ def test_the_prevalence_of_ties_is_learned(make_trainer):
     )
     frequent.train()
     rare.train()
-    assert (frequent.model.log_nu > 0.3).all() and (rare.model.log_nu < -0.3).all()
+    assert (frequent.model.heads.log_nu > 0.3).all() and (rare.model.heads.log_nu < -0.3).all()
 
 
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(make_trainer):
@@ -191,7 +191,7 @@ def test_the_order_of_the_sides_does_not_matter(make_trainer, train_votes):
 
 
 def test_votes_are_counted_and_shared_images_are_decoded_once(train_votes):
-    pairs = PreferencePairs(train_votes, CRITERIA)
+    pairs = Questions(train_votes, make_model().config)
     assert len(pairs) == 60 * 3 and len(pairs.candidates) == 60 * 4
     assert pairs.counts.sum() == len(train_votes) == 60 * 3 * 2 * 3
     assert pairs.raters == {"simulated": 3}
@@ -224,18 +224,18 @@ def test_pairs_of_one_condition_stay_together_in_a_new_order_each_epoch():
 
 def test_votes_without_a_label_map():
     votes, _ = make_votes(2, seed=3, labelled=False)
-    pairs = PreferencePairs(votes, CRITERIA)
+    pairs = Questions(votes, make_model().config)
     assert not pairs.decode([0, 1])["label_maps"].any()
 
 
-def test_a_criterion_without_votes_is_refused(train_votes):
+def test_a_criterion_without_votes_is_refused(make_trainer):
     with pytest.raises(ValueError, match="No vote is on 'sharp'.*'bright', 'dark'"):
-        PreferencePairs(train_votes, ["bright", "sharp"])
+        make_trainer(model=make_model(criteria=["bright", "sharp"]))
 
 
 def test_votes_on_images_of_another_size_are_refused(make_trainer, train_votes):
     def enlarge(vote):
-        return {name: vote[name].resize((32, 32), Image.NEAREST) for name in PreferencePairs.PICTURES}
+        return {name: vote[name].resize((32, 32), Image.NEAREST) for name in Questions.PICTURES}
 
     trainer = make_trainer(train_votes.select(range(12)).map(enlarge, features=VOTE_FEATURES), max_steps=1)
     with pytest.raises(ValueError, match=r"`images` has shape .*32, 32.* wants .*16, 16"):

@@ -2,6 +2,7 @@
 
     DiffusionPipeline.from_pretrained(repo)   gives the installed `OneRewardMaskPipeline`
     AutoConfig / AutoModel.from_pretrained(repo)   give the installed `OneRewardConfig` / `OneRewardModel`
+    pipeline("image-reward", model=repo)   gives the installed `ImageRewardPipeline`
 
 A pipeline repository names its class as `["pipeline", "OneRewardMaskPipeline"]`, which tells diffusers to run the
 repository's `pipeline.py` (and to ask for `trust_remote_code=True` first); a reward model has the model type
@@ -49,7 +50,10 @@ def _name_installed_pipeline(model_index):
 
 def _register_reward_model(config_and_kwargs):
     if config_and_kwargs[0].get("model_type") == MODEL_TYPE:
-        import onereward.rewards  # noqa: F401  (registers OneRewardConfig and OneRewardModel with the Auto classes)
+        import onereward.rewards  # noqa: F401  (registers our classes with the Auto classes and `pipeline`)
+
+        # names the pipeline's file in the repository, for those who have not got ours
+        config_and_kwargs[0].pop("custom_pipelines", None)
 
 
 # module -> what to do right after it has been executed

@@ -1,3 +1,4 @@
+import copy
 import os
 import re
 import zlib
@@ -6,10 +7,25 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import ModelOutput
 
 from .configuration_onereward import OneRewardConfig
+from .features_onereward import (
+    NUM_DETAILS,
+    NUM_REGIONS,
+    correlation_ratio,
+    details,
+    region_statistics,
+    regions,
+    tissue_mask,
+)
+from .image_reward_pipeline import ImageRewardPipeline
+from .losses import davidson_log_probabilities
+
+
+MAX_STD = 3.0  # of a logit; odds of 20 to 1 are a difference of 3
 
 
 @dataclass
@@ -25,187 +41,101 @@ class OneRewardOutput(ModelOutput):
             The logits with mean 0 and standard deviation 1 over the training images.
         log_nu (`torch.FloatTensor` of shape `(len(criteria),)`):
             Logarithm of the prevalence of ties in the votes, learned with the rest; used by the loss.
+        stds (`torch.FloatTensor` of shape `(B, len(criteria))`, *optional*):
+            With `config.gaussian`, how far raters disagree on the image: the standard deviation of its logit.
+        features (`torch.FloatTensor` of shape `(B, len(criteria), hidden_size)`):
+            What the last layer of each head sees.
     """
 
     logits: torch.FloatTensor | None = None
     rewards: torch.FloatTensor | None = None
     log_nu: torch.FloatTensor | None = None
+    stds: torch.FloatTensor | None = None
+    features: torch.FloatTensor | None = None
 
 
-NUM_DETAILS, NUM_REGIONS = 13, 6
-
-
-def _blur(image: torch.Tensor, times: int = 1) -> torch.Tensor:
-    for _ in range(times):
-        image = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), kernel_size=3, stride=1)
-    return image
-
-
-def tissue_mask(source: torch.Tensor) -> torch.Tensor:
-    """
-    Where there is something to see, unlike in the empty background around a head: above -0.88 once blurred.
-
-    Args:
-        source (`torch.Tensor` of shape `(B, C, H, W)`):
-            Values in [-1, 1].
-
-    Returns:
-        `torch.Tensor` of shape `(B, 1, H, W)`, 0 or 1.
-    """
-    return (_blur(source.mean(dim=1, keepdim=True), times=2) > -0.88).to(source.dtype)
-
-
-def pull_push(image: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """
-    Fill in what is not known with a smooth continuation of what is: averages of known pixels over ever larger squares,
-    each pixel from the smallest square that holds enough of them (S. J. Gortler et al., The Lumigraph, SIGGRAPH 1996,
-    https://doi.org/10.1145/237170.237200).
-
-    Args:
-        image (`torch.Tensor` of shape `(B, C, H, W)`):
-            Image.
-        known (`torch.Tensor` of shape `(B, 1, H, W)`):
-            1 where its pixels count.
-
-    Returns:
-        `torch.Tensor` of shape `(B, C, H, W)`, equal to `image` where known; 0 everywhere if nothing is.
-    """
-    levels = [(image * known, known)]
-    while max(levels[-1][1].shape[-2:]) > 1:
-        levels.append(tuple(F.avg_pool2d(level, 2, ceil_mode=True) for level in levels[-1]))
-    filled = torch.zeros_like(levels[-1][0])
-    for total, weight in reversed(levels):
-        trust = (4 * weight).clamp(max=1)  # a quarter of a square is enough
-        filled = F.interpolate(filled, size=total.shape[-2:], mode="bilinear")
-        filled = trust * total / weight.clamp(min=1e-6) + (1 - trust) * filled
-    return filled
-
-
-def details(image: torch.Tensor, source: torch.Tensor, mask: torch.Tensor, tissue: torch.Tensor) -> torch.Tensor:
-    """
-    What is to be seen in an image without any training: the image itself, three bands of a Laplacian pyramid kept at
-    full size, the logarithm of each band's local contrast, the absolute finest band, the absolute gradient; the change
-    from the source; coarse differences from the continuation of the surroundings and from the other side of the
-    picture; and the image in standard deviations of the tissue outside the mask from that tissue's mean.
-
-    Args:
-        image, source (`torch.Tensor` of shape `(B, C, H, W)`):
-            Images, values in [-1, 1].
-        mask (`torch.Tensor` of shape `(B, 1, H, W)`):
-            1 = repainted.
-        tissue (`torch.Tensor` of shape `(B, 1, H, W)`):
-            From [`tissue_mask`].
-
-    Returns:
-        `torch.Tensor` of shape `(B, 13 C, H, W)`.
-    """
-    fine = _blur(image)
-    middle = _blur(fine)
-    coarse = _blur(middle, times=2)
-    right = F.pad((image[..., 1:] - image[..., :-1]).abs(), (0, 1))
-    down = F.pad((image[..., 1:, :] - image[..., :-1, :]).abs(), (0, 0, 0, 1))
-    bands = [image - fine, fine - middle, middle - coarse]
-    contrasts = [(_blur(band**2, times=2) + 1e-4).log() for band in bands]
-
-    known = tissue * (1 - mask)
-    continued = torch.where(mask > 0, pull_push(source, known), source)
-    comparisons = [image - source, _blur(image - continued, times=4), _blur(image - image.flip(-1), times=4)]
-
-    weight = known / known.sum(dim=(2, 3), keepdim=True).clamp(min=1)
-    mean = (source * weight).sum(dim=(2, 3), keepdim=True)
-    std = ((source - mean) ** 2 * weight).sum(dim=(2, 3), keepdim=True).sqrt()
-    standardized = (fine - mean) / (std + 0.02)
-    return torch.cat([image, *bands, *contrasts, bands[0].abs(), right + down, *comparisons, standardized], dim=1)
-
-
-def regions(mask: torch.Tensor, one_hot: torch.Tensor, tissue: torch.Tensor, reach: int = 8) -> torch.Tensor:
-    """
-    Where to look, as weights in [0, 1]: inside the mask, the tissue outside, the tissue up to `reach` pixels around
-    it, at its border, beside the border on either side, and each label.
-
-    Args:
-        mask (`torch.Tensor` of shape `(B, 1, H, W)`):
-            1 = repainted.
-        one_hot (`torch.Tensor` of shape `(B, K, H, W)`):
-            One-hot labels inside the mask; K may be 0.
-        tissue (`torch.Tensor` of shape `(B, 1, H, W)`):
-            From [`tissue_mask`].
-        reach (`int`, *optional*, defaults to 8):
-            Width of the surroundings in pixels.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 6 + K, H, W)`.
-    """
-
-    def grow(x, by):
-        return F.max_pool2d(x, kernel_size=2 * by + 1, stride=1, padding=by)
-
-    def shrink(x, by):
-        return -grow(-x, by)
-
-    grown, shrunk = grow(mask, 1), shrink(mask, 1)
-    places = [
-        mask,
-        (1 - mask) * tissue,
-        (grow(mask, reach) - mask) * tissue,
-        grown - shrunk,
-        grow(mask, 3) - grown,
-        shrunk - shrink(mask, 3),
-    ]
-    return torch.cat([*places, one_hot], dim=1)
-
-
-def region_statistics(features: torch.Tensor, weights: torch.Tensor, floor: float = 0.03) -> torch.Tensor:
-    """
-    Mean and logarithm of the standard deviation of features over regions; both 0 where a region is empty.
-
-    Args:
-        features (`torch.Tensor` of shape `(B, C, h, w)`):
-            Feature maps.
-        weights (`torch.Tensor` of shape `(B, R, H, W)`):
-            Weight of each pixel in each region, averaged to the size of the maps.
-        floor (`float`, *optional*, defaults to 0.03):
-            Standard deviation that counts as none.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 2 R C)`.
-    """
-    weights = F.adaptive_avg_pool2d(weights, features.shape[-2:]).flatten(2)
-    weights = weights / weights.sum(dim=2, keepdim=True).clamp(min=1e-6)
-    features = features.flatten(2).transpose(1, 2)
-    mean = weights @ features
-    variance = (weights @ features**2 - mean**2).clamp(min=0)
-    return torch.cat([mean, (variance / floor**2 + 1).log() / 2], dim=2).flatten(1)
-
-
-def correlation_ratio(features: torch.Tensor, mask: torch.Tensor, one_hot: torch.Tensor) -> torch.Tensor:
+class RewardHeads(nn.Module):
     r"""
-    How well features follow the label map: the share of their variance inside the mask that lies between labels,
+    The trained end of a [`OneRewardModel`]: from numbers that describe an image to a reward for each criterion,
+    conditioned on the task and the prompt. It can be trained by itself on features from elsewhere.
 
-    $$\eta^2 = \frac{\sum_k n_k (\mu_k - \mu)^2}{\sum_i (x_i - \mu)^2}$$
-
-    the similarity of images by which A. Roche et al. register modalities (The Correlation Ratio as a New Similarity
-    Measure, MICCAI 1998, https://doi.org/10.1007/BFb0056301).
+    Once trained it knows what it is unsure of: a Laplace approximation of the last layer of each head, a normal
+    distribution of its weights around those that were learned ([Daxberger et al.](https://huggingface.co/papers/2106.14806)).
 
     Args:
-        features (`torch.Tensor` of shape `(B, C, H, W)`):
-            Feature maps.
-        mask (`torch.Tensor` of shape `(B, 1, H, W)`):
-            1 = repainted.
-        one_hot (`torch.Tensor` of shape `(B, K, H, W)`):
-            One-hot labels inside the mask; K may be 0.
+        num_features (`int`):
+            Numbers an image.
+        config ([`OneRewardConfig`]):
+            Of it `criteria`, `tasks`, `prompt_buckets`, `hidden_size`, `dropout` and `gaussian`.
 
-    Returns:
-        `torch.Tensor` of shape `(B, C)`, from 0 to 1.
+    Example:
+
+    ```python
+    >>> heads = RewardHeads(68, OneRewardConfig(criteria=["quality"], tasks=["fill"]))
+    >>> heads(torch.randn(5, 68), torch.zeros(5, dtype=torch.long)).logits.shape
+    torch.Size([5, 1])
+    ```
     """
-    values, weights, counts = features.flatten(2).transpose(1, 2), one_hot.flatten(2), mask.flatten(2)
-    number = counts.sum(dim=2, keepdim=True)
-    share = weights.sum(dim=2, keepdim=True) / number
-    means = (weights @ values) / weights.sum(dim=2, keepdim=True).clamp(min=1e-6)
-    mean = (counts @ values) / number
-    variance = (counts @ (values - mean) ** 2) / number
-    between = (share * (means - mean) ** 2).sum(dim=1, keepdim=True)
-    return (between / (variance + 1e-4)).squeeze(1)
+
+    def __init__(self, num_features: int, config: OneRewardConfig):
+        super().__init__()
+        width, number = config.hidden_size, len(config.criteria)
+        self.norm = nn.BatchNorm1d(num_features)
+        self.dropout = nn.Dropout(config.dropout)
+        self.project = nn.Linear(num_features, width)
+        self.task_embedding = nn.Embedding(len(config.tasks), width)
+        if config.prompt_buckets:
+            self.word_embedding = nn.Embedding(config.prompt_buckets + 1, width, padding_idx=0)
+        self.bodies = nn.ModuleList(
+            nn.Sequential(nn.GELU(), nn.Dropout(config.dropout), nn.Linear(width, width), nn.GELU())
+            for _ in range(number)
+        )
+        self.outputs = nn.ModuleList(nn.Linear(width, 2 if config.gaussian else 1) for _ in range(number))
+        self.log_nu = nn.Parameter(torch.zeros(number))
+        # Set once the weights are trained: the units of the rewards, ...
+        self.register_buffer("logit_mean", torch.zeros(number))
+        self.register_buffer("logit_std", torch.ones(number))
+        # ... how sure the model may be of its differences, ...
+        self.register_buffer("temperature", torch.ones(number))
+        # ... and the last layers' uncertainty, F F^T the covariance of a head's weights. Features count from their
+        # mean, as rewards do: pairs tell nothing of what all images share.
+        self.register_buffer("feature_mean", torch.zeros(number, width))
+        self.register_buffer("posterior_factor", torch.zeros(number, width, width))
+
+    def forward(
+        self, features: torch.FloatTensor, task_ids: torch.LongTensor, word_ids: torch.LongTensor | None = None
+    ) -> OneRewardOutput:
+        """
+        Args:
+            features (`torch.FloatTensor` of shape `(B, num_features)`):
+                What describes the images, in any units.
+            task_ids, word_ids:
+                As in [`OneRewardModel`].
+
+        Returns:
+            [`OneRewardOutput`]
+        """
+        hidden = self.project(self.dropout(self.norm(features))) + self.task_embedding(task_ids)
+        if word_ids is not None and hasattr(self, "word_embedding"):
+            words = self.word_embedding(word_ids).sum(dim=1)
+            hidden = hidden + words / (word_ids > 0).sum(dim=1, keepdim=True).clamp(min=1)
+        last = torch.stack([body(hidden) for body in self.bodies], dim=1)
+        found = torch.stack([output(last[:, i]) for i, output in enumerate(self.outputs)], dim=1)
+        logits = found[..., 0]
+        return OneRewardOutput(
+            logits=logits,
+            rewards=(logits - self.logit_mean) / self.logit_std,
+            log_nu=self.log_nu,
+            stds=MAX_STD * found[..., 1].sigmoid() if found.shape[-1] > 1 else None,
+            features=last,
+        )
+
+    def deviations(self, features: torch.FloatTensor) -> torch.FloatTensor:
+        """
+        How the logits move with the uncertain weights: `(B, H, W)` times W standard normal numbers, the same for all
+        images, is a draw of the logits' errors. From `features` of the output, `(B, H, W)`.
+        """
+        return torch.einsum("bhw,hwv->bhv", features - self.feature_mean, self.posterior_factor)
 
 
 class OneRewardModel(PreTrainedModel):
@@ -246,27 +176,12 @@ class OneRewardModel(PreTrainedModel):
 
     def __init__(self, config: OneRewardConfig):
         super().__init__(config)
-        width, heads = config.hidden_size, len(config.criteria)
         self.vision = AutoModel.from_config(config.vision_config)
         backbone = config.vision_config
-        features = backbone.hidden_sizes[-1] if hasattr(backbone, "hidden_sizes") else backbone.hidden_size
+        width = backbone.hidden_sizes[-1] if hasattr(backbone, "hidden_sizes") else backbone.hidden_size
         seen = NUM_DETAILS * config.image_channels
-        statistics = seen + 2 * (NUM_REGIONS + len(config.labels or {})) * (seen + features)
-        self.norm = nn.BatchNorm1d(statistics)
-        self.dropout = nn.Dropout(config.dropout)
-        self.project = nn.Linear(statistics, width)
-        self.task_embedding = nn.Embedding(len(config.tasks), width)
-        if config.prompt_buckets:
-            self.word_embedding = nn.Embedding(config.prompt_buckets + 1, width, padding_idx=0)
-        self.heads = nn.ModuleList(
-            nn.Sequential(
-                nn.GELU(), nn.Dropout(config.dropout), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1)
-            )
-            for _ in range(heads)
-        )
-        self.log_nu = nn.Parameter(torch.zeros(heads))
-        self.register_buffer("logit_mean", torch.zeros(heads))
-        self.register_buffer("logit_std", torch.ones(heads))
+        statistics = seen + 2 * (NUM_REGIONS + len(config.labels or {})) * (seen + width)
+        self.heads = RewardHeads(statistics, config)
         self.post_init()
 
     def forward(
@@ -287,14 +202,10 @@ class OneRewardModel(PreTrainedModel):
         Returns:
             [`OneRewardOutput`]
         """
-        mask = pixel_values[:, 2 * self.config.image_channels][:, None]
-        # convolutions on the CPU take half the time in this memory layout
-        features = self.vision(pixel_values.contiguous(memory_format=torch.channels_last)).last_hidden_state
-        if features.ndim == 3:  # tokens: leave out class and register tokens, which come first; lay out the grid
-            side = int(features.shape[1] ** 0.5)
-            features = features[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
-        channels = self.config.image_channels
-        image, source, _, one_hot = pixel_values.split([channels, channels, 1, len(self.config.labels or {})], dim=1)
+        config = self.config
+        parts = [config.image_channels, config.image_channels, 1, len(config.labels or {})]
+        image, source, mask, one_hot = pixel_values.split(parts, dim=1)
+        features = self.look(image, source, mask, one_hot)
         tissue = tissue_mask(source)
         areas = regions(mask, one_hot, tissue)
         seen = details(image, source, mask, tissue)
@@ -306,14 +217,91 @@ class OneRewardModel(PreTrainedModel):
             ],
             dim=1,
         )
+        return self.heads(statistics, task_ids, word_ids)
 
-        hidden = self.project(self.dropout(self.norm(statistics))) + self.task_embedding(task_ids)
-        if self.config.prompt_buckets:
-            words = self.word_embedding(word_ids).sum(dim=1)
-            hidden = hidden + words / (word_ids > 0).sum(dim=1, keepdim=True).clamp(min=1)
-        logits = torch.cat([head(hidden) for head in self.heads], dim=1)
-        rewards = (logits - self.logit_mean) / self.logit_std
-        return OneRewardOutput(logits=logits, rewards=rewards, log_nu=self.log_nu)
+    def look(
+        self, image: torch.Tensor, source: torch.Tensor, mask: torch.Tensor, one_hot: torch.Tensor
+    ) -> torch.Tensor:
+        """The backbone's feature map of shape `(B, features, h, w)`; arguments as channels of `pixel_values`."""
+        config = self.config
+        if config.vision_mean:
+            mean, std = (image.new_tensor(x).view(1, 3, 1, 1) for x in (config.vision_mean, config.vision_std))
+            image, source = (((x.expand(-1, 3, -1, -1) + 1) / 2 - mean) / std for x in (image, source))
+        seen = torch.cat([image, source, mask, one_hot], dim=1)
+        if config.vision_image_size:
+            seen = F.interpolate(seen, size=(config.vision_image_size,) * 2, mode="bilinear", antialias=True)
+        # convolutions on the CPU take half the time in this memory layout
+        features = self.vision(seen.contiguous(memory_format=torch.channels_last)).last_hidden_state
+        if features.ndim == 3:  # tokens: leave out class and register tokens, which come first; lay out the grid
+            side = int(features.shape[1] ** 0.5)
+            features = features[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
+        return features
+
+    @classmethod
+    def from_backbone(
+        cls, pretrained_model_name_or_path: str | os.PathLike, revision: str | None = None, **config
+    ) -> "OneRewardModel":
+        """
+        A reward model with the backbone of a pretrained image model, such as a DINOv2 or DINOv3, a ViT, a ConvNeXt V2,
+        or the image side of a CLIP. Its heads are new and have to be trained.
+
+        The backbone sees what it was trained on, a colour image in its own size and units, and further channels (the
+        source, the mask, the label map) whose weights start at 0. Train it with `RewardTrainer(peft_config=...)`, or
+        as a whole with a learning rate of `1e-4` or less.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                Hub id or folder of an image model of transformers with weights in safetensors.
+            revision (`str`, *optional*):
+                Branch, tag or commit on the Hub.
+            **config:
+                Fields of [`OneRewardConfig`], apart from `vision_config`. `vision_image_size`, `vision_mean` and
+                `vision_std` default to what the model's image processor says, and without one to its own size and the
+                statistics of ImageNet.
+
+        Returns:
+            [`OneRewardModel`]
+
+        Raises:
+            `OSError`: when there is no such model, or only a pickle of it.
+
+        Example:
+
+        ```python
+        >>> model = OneRewardModel.from_backbone("facebook/dinov2-small", criteria=["realism"], image_size=256)
+        ```
+        """
+        vision_config = AutoConfig.from_pretrained(pretrained_model_name_or_path, revision=revision)
+        vision_config = getattr(vision_config, "vision_config", vision_config)  # of a model of images and texts
+        backbone = AutoModel.from_pretrained(
+            pretrained_model_name_or_path,
+            config=vision_config,
+            revision=revision,
+            use_safetensors=True,
+            dtype=torch.float32,
+        )
+        try:
+            processor, _ = ImageProcessingMixin.get_image_processor_dict(
+                pretrained_model_name_or_path, revision=revision
+            )
+        except OSError:  # it has none
+            processor = {}
+        size = processor.get("crop_size") or processor.get("size") or getattr(vision_config, "image_size", 224)
+        if isinstance(size, dict):
+            size = size.get("height") or size["shortest_edge"]
+        own = {
+            "vision_image_size": size,
+            "vision_mean": processor.get("image_mean", [0.485, 0.456, 0.406]),
+            "vision_std": processor.get("image_std", [0.229, 0.224, 0.225]),
+        }
+        model = cls(OneRewardConfig(vision_config=copy.deepcopy(vision_config), **{**own, **config}))
+        weights, wanted = backbone.state_dict(), model.vision.state_dict()
+        for name, weight in weights.items():
+            if weight.shape != wanted[name].shape:  # the first layer: the image's channels come first
+                weights[name] = torch.zeros_like(wanted[name])
+                weights[name][:, :3] = weight
+        model.vision.load_state_dict(weights)
+        return model
 
     def prepare_inputs(
         self,
@@ -395,6 +383,27 @@ class OneRewardModel(PreTrainedModel):
         return inputs
 
     @torch.no_grad()
+    def _judge(self, *args) -> OneRewardOutput:
+        """The output for arguments of [`prepare_inputs`], in evaluation mode."""
+        training = self.training
+        self.eval()
+        try:
+            return self(**self.prepare_inputs(*args))
+        finally:
+            self.train(training)
+
+    def _by_criterion(self, values: torch.Tensor, tasks: list[str] | None) -> dict[str, torch.Tensor]:
+        """Values of shape `(B, H, ...)` as a dict, NaN where a task is not judged by a criterion."""
+        by_criterion, tasks = {}, tasks or self.config.tasks[:1] * len(values)
+        for head, criterion in enumerate(self.config.criteria):
+            judged = [
+                criterion in self.config.judged_by(task) for task in tasks or self.config.tasks[:1] * len(values)
+            ]
+            judged = torch.tensor(judged, device=values.device).view(-1, *[1] * (values.ndim - 2))
+            by_criterion[criterion] = torch.where(judged, values[:, head].float(), torch.nan)
+        return by_criterion
+
+    @torch.no_grad()
     def score(
         self,
         images: torch.Tensor,
@@ -403,7 +412,8 @@ class OneRewardModel(PreTrainedModel):
         label_maps: torch.Tensor | None = None,
         prompts: list[str] | None = None,
         tasks: list[str] | None = None,
-    ) -> dict[str, torch.Tensor]:
+        return_std: bool = False,
+    ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """
         Rewards of a batch of repainted images; the model is in evaluation mode for the call.
 
@@ -420,21 +430,98 @@ class OneRewardModel(PreTrainedModel):
                 B prompts; needed when `config.prompt_buckets` is not 0.
             tasks (`list[str]`, *optional*):
                 B of `config.tasks`; needed when there are several.
+            return_std (`bool`, *optional*, defaults to `False`):
+                Whether to return also how unsure the model is of each reward.
 
         Returns:
             `dict[str, torch.Tensor]`: for each criterion B float32 rewards, higher is better, with mean 0 and
-            standard deviation 1 over the training images.
+            standard deviation 1 over the training images; NaN where `config.task_criteria` leaves the criterion out.
+            With `return_std` a tuple of these and of the rewards' standard deviations under the last layer's
+            posterior: what more votes would make smaller. They are 0 before the training.
 
         Raises:
             `ValueError`: when a shape, a value, a label or a task is not what the model was made for.
         """
-        training = self.training
-        self.eval()
-        try:
-            rewards = self(**self.prepare_inputs(images, masks, sources, label_maps, prompts, tasks)).rewards
-        finally:
-            self.train(training)
-        return dict(zip(self.config.criteria, rewards.float().unbind(dim=1), strict=True))
+        output = self._judge(images, masks, sources, label_maps, prompts, tasks)
+        rewards = self._by_criterion(output.rewards, tasks)
+        if not return_std:
+            return rewards
+        stds = self.heads.deviations(output.features).norm(dim=-1) / self.heads.logit_std
+        return rewards, self._by_criterion(stds, tasks)
+
+    @torch.no_grad()
+    def compare(
+        self,
+        images_0: torch.Tensor,
+        images_1: torch.Tensor,
+        masks: torch.Tensor,
+        sources: torch.Tensor,
+        label_maps: torch.Tensor | None = None,
+        prompts: list[str] | None = None,
+        tasks: list[str] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        What a rater would say of pairs of images, as far as the model knows: calibrated, where the trainer had votes
+        to calibrate it on.
+
+        Args:
+            images_0, images_1 (`torch.Tensor` of shape `(B, C, H, W)`):
+                Images of the same conditions, floats in [0, 1].
+            masks, sources, label_maps, prompts, tasks:
+                The conditions, as in [`score`].
+
+        Returns:
+            `dict[str, torch.Tensor]`: for each criterion `(B, 3)` probabilities: the first wins, a tie, the second
+            wins. NaN where `config.task_criteria` leaves the criterion out.
+        """
+        condition = (masks, sources, label_maps, prompts, tasks)
+        first, second = self._judge(images_0, *condition), self._judge(images_1, *condition)
+        temperature, variance = self.heads.temperature, None
+        if self.config.gaussian:
+            variance = (first.stds**2 + second.stds**2) / temperature**2
+        difference = (first.logits - second.logits) / temperature
+        votes = davidson_log_probabilities(difference, self.heads.log_nu, variance).exp()
+        return self._by_criterion(votes, tasks)
+
+    @torch.no_grad()
+    def sample_logits(
+        self,
+        images: torch.Tensor,
+        masks: torch.Tensor,
+        sources: torch.Tensor,
+        label_maps: torch.Tensor | None = None,
+        prompts: list[str] | None = None,
+        tasks: list[str] | None = None,
+        num_samples: int = 24,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """
+        Logits under draws of the last layers' weights, as if from an ensemble of models, for
+        [`~onereward.preferences.vote_information`]. All images of a call are judged by the same draws; so are those of
+        several calls, with generators of one seed.
+
+        Args:
+            images, masks, sources, label_maps, prompts, tasks:
+                As in [`score`].
+            num_samples (`int`, *optional*, defaults to 24):
+                Members of the ensemble, K.
+            generator (`torch.Generator`, *optional*):
+                Source of chance, on the CPU.
+
+        Returns:
+            `torch.Tensor` of shape `(K, B, len(criteria))`: in the units of the votes.
+
+        Raises:
+            `RuntimeError`: when the model was not trained with [`RewardTrainer`], which finds the weights' posterior.
+        """
+        if not self.heads.posterior_factor.any():
+            raise RuntimeError(
+                "The model has no posterior to draw from. Train it with `RewardTrainer`, which finds it."
+            )
+        output = self._judge(images, masks, sources, label_maps, prompts, tasks)
+        noise = torch.randn(num_samples, *self.heads.feature_mean.shape, generator=generator).to(output.logits)
+        moves = torch.einsum("bhv,khv->kbh", self.heads.deviations(output.features), noise)
+        return (output.logits + moves).float()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -446,7 +533,7 @@ class OneRewardModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """
-        Save `config.json`, `model.safetensors`, the two files of code that make the folder loadable without the
+        Save `config.json`, `model.safetensors`, the files of code that make the folder loadable without the
         `onereward` package (with `trust_remote_code=True`), and a model card unless there is one.
 
         Args: as in [`~transformers.PreTrainedModel.save_pretrained`].
@@ -457,6 +544,9 @@ class OneRewardModel(PreTrainedModel):
             with open(card + ".tmp", "w", encoding="utf-8") as file:
                 file.write(model_card(self.config))
             os.replace(card + ".tmp", card)
+        # where `pipeline("image-reward", model=folder)` finds its code
+        implementation = f"{ImageRewardPipeline.__module__.split('.')[-1]}.{ImageRewardPipeline.__name__}"
+        self.config.custom_pipelines = {"image-reward": {"impl": implementation, "pt": ["AutoModel"]}}
         super().save_pretrained(save_directory, **kwargs)
 
 
