@@ -358,15 +358,13 @@ class OneRewardModel(PreTrainedModel):
         images, sources, masks = (tensor.to(self.device, torch.float32) for tensor in (images, sources, masks))
         channels = [2 * images - 1, 2 * sources - 1, masks]
         if config.labels:
-            one_hot = torch.zeros(batch, len(config.labels), *size, device=self.device)
-            if label_maps is not None:
-                label_maps = label_maps.to(self.device)
-                # by value: the order of names in a JSON file is nobody's promise
-                values = torch.tensor(sorted(config.labels.values()), device=self.device)
-                one_hot = (label_maps == values[:, None, None]) * masks
-                if (one_hot.sum(dim=1, keepdim=True) < masks).any():
-                    found = label_maps[masks > 0].unique().tolist()
-                    raise ValueError(f"`label_maps` holds the values {found}; this model knows {config.labels}.")
+            label_maps = torch.zeros_like(masks) if label_maps is None else label_maps.to(self.device)
+            # by value: the order of names in a JSON file is nobody's promise
+            values = torch.tensor(sorted(config.labels.values()), device=self.device)
+            one_hot = (label_maps == values[:, None, None]) * masks
+            if (one_hot.sum(dim=1, keepdim=True) < masks).any():
+                found = label_maps[masks > 0].unique().tolist()
+                raise ValueError(f"`label_maps` holds the values {found}; this model knows {config.labels}.")
             channels.append(one_hot)
         inputs = {
             "pixel_values": torch.cat(channels, dim=1).to(self.dtype),
@@ -425,7 +423,7 @@ class OneRewardModel(PreTrainedModel):
             sources (`torch.Tensor` of shape `(B, C, H, W)`):
                 What the images were before, floats in [0, 1].
             label_maps (`torch.Tensor` of shape `(B, 1, H, W)`, *optional*):
-                Integer values of `config.labels` that were asked for inside the mask.
+                Integer values of `config.labels` that were asked for inside the mask; 0 everywhere when not given.
             prompts (`list[str]`, *optional*):
                 B prompts; needed when `config.prompt_buckets` is not 0.
             tasks (`list[str]`, *optional*):

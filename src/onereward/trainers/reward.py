@@ -57,7 +57,7 @@ class RewardConfig(TrainingArguments):
         flip_probability (`float`, *optional*, defaults to `0.5`):
             Probability that a batch is mirrored left to right in training. Set it to 0 where sides differ (the heart
             in a chest radiograph).
-        rater_learning_rate (`float`, *optional*, defaults to `0.02`):
+        rater_learning_rate (`float`, *optional*, defaults to `0.005`):
             Peak learning rate of the raters' habits, see [`RaterTerms`]; 0 takes all raters to be alike.
         label_smoothing_factor (`float`, *optional*, defaults to `0.0`):
             Probability with which a vote is taken to be for the wrong side, a slip; below 1/2.
@@ -73,7 +73,7 @@ class RewardConfig(TrainingArguments):
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Pairs per evaluation step and device."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "The pairs read the columns."})
     flip_probability: float = field(default=0.5, metadata={"help": "Probability of a left-right flip in training."})
-    rater_learning_rate: float = field(default=0.02, metadata={"help": "Peak learning rate of the raters' habits."})
+    rater_learning_rate: float = field(default=0.005, metadata={"help": "Peak learning rate of the raters' habits."})
 
 
 class Questions(Dataset):
