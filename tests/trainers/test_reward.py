@@ -7,13 +7,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, log_loss
+from transformers import AutoModel, ViTConfig
 
-from onereward.preferences import VOTE_FEATURES, save_votes
+from onereward.preferences import VOTE_FEATURES, save_votes, vote_information
 from onereward.preferences.schema import VOTE_DEFAULTS, VOTE_SCHEMA_VERSION, to_png
 from onereward.rewards import OneRewardConfig, OneRewardModel
+from onereward.rewards.losses import smoothed
 from onereward.trainers.reward import (
     ConditionSampler,
     Questions,
@@ -109,7 +112,7 @@ def make_model(**config) -> OneRewardModel:
 
 @pytest.fixture
 def make_trainer(tmp_path, train_votes, unseen):
-    def make(train_votes=train_votes, model=None, **kwargs):
+    def make(train_votes=train_votes, model=None, unseen=unseen, peft_config=None, **kwargs):
         args = RewardConfig(
             **{
                 "output_dir": str(tmp_path / "reward"),
@@ -121,7 +124,7 @@ def make_trainer(tmp_path, train_votes, unseen):
             }
             | kwargs
         )
-        return RewardTrainer(model or make_model(), args, train_votes, *unseen)
+        return RewardTrainer(model or make_model(), args, train_votes, *unseen, peft_config=peft_config)
 
     return make
 
@@ -185,6 +188,276 @@ def test_the_order_of_the_sides_does_not_matter(make_trainer, train_votes):
         trainer.model.eval()
         losses.append(trainer.compute_loss(trainer.model, trainer.train_dataset.__getitems__(range(6))))
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+# ----------------------------------------------------------------------------------------- ratings, raters, doubt
+
+
+def make_ratings(votes, slope=6.0, severity=(-1.0, 0.0, 1.0), seed=0):
+    """Ratings from 1 to 5 of the first images of the pairs, by the grey of the right half and raters of a severity."""
+    rng, rows = np.random.default_rng(seed), []
+    for vote in votes:
+        if vote["criterion"] != "bright":
+            continue
+        rater = int(vote["rater"][-1])
+        mask = np.asarray(vote["mask"]) > 0
+        right = mask & (np.cumsum(mask, axis=1) > mask.sum(axis=1, keepdims=True) / 2)
+        grey = np.asarray(vote["image_0"])[right].mean() / 255
+        share = rng.binomial(4, 1 / (1 + np.exp(-slope * (grey - 0.5) + severity[rater]))) / 4
+        none = {name: None for name in ("image_1", "label_0", "label_1")}
+        own = {"kind": "rating", "rating": 1 + 4 * share, "rating_min": 1.0, "rating_max": 5.0}
+        names = {"vote_id": vote["vote_id"] + "-rating", "pair_id": vote["pair_id"] + "-rating"}
+        rows.append({**vote, **none, **own, **names})
+    return datasets.Dataset.from_list(rows, features=VOTE_FEATURES)
+
+
+@pytest.fixture(scope="module")
+def ratings(train_votes):
+    return make_ratings(train_votes), make_ratings(make_votes(30, seed=1)[0], seed=1)
+
+
+def test_ratings_alone_are_learned_and_severe_raters_found(make_trainer, ratings):
+    train, unseen = ratings
+    trainer = make_trainer(train, make_model(criteria=["bright"]), unseen=(unseen, None), num_train_epochs=16)
+    trainer.train()
+    assert trainer.evaluate()["eval_rating_correlation/bright"] > 0.7
+    severity = trainer.rater_terms.severity[:, 0]
+    assert (severity.diff() > 0.3).all()
+    assert trainer.train_dataset.rater_names == [f"simulated-{i}" for i in range(3)]
+    loaded = {name for name, _ in trainer.model.named_parameters() if "rater" in name}
+    assert not loaded  # a rater is no part of a published model
+
+
+def test_pairs_and_ratings_train_the_same_heads(make_trainer, train_votes, ratings, unseen):
+    few = train_votes.select(range(180))  # of ten cases
+    together = datasets.concatenate_datasets([few, ratings[0]])
+    accuracy = {}
+    for name, votes in (("pairs", few), ("together", together)):
+        trainer = make_trainer(votes, num_train_epochs=400 * 12 // len(Questions(votes, make_model().config)))
+        trainer.train()
+        accuracy[name] = trainer.evaluate()["eval_accuracy/bright"]
+    assert accuracy["together"] > accuracy["pairs"]
+    batch = trainer.train_dataset.__getitems__([0, len(trainer.train_dataset) - 1])
+    assert batch["counts"][0].sum() > 0 and batch["ratings"][0].isnan().all()
+    assert batch["counts"][1].sum() == 0 and batch["ratings"][1, 0] >= 0
+    assert batch["pairs"][1, 0] == batch["pairs"][1, 1]
+
+
+def test_the_mean_rating_is_counted_over_raters_and_repeats(train_votes):
+    one = make_ratings(train_votes.select(range(3)))[0]
+    answers = [("a", 1.0), ("a", 3.0), ("b", 5.0)]
+    rows = [{**one, "vote_id": str(i), "rater": rater, "rating": value} for i, (rater, value) in enumerate(answers)]
+    questions = Questions(datasets.Dataset.from_list(rows, features=VOTE_FEATURES), make_model().config)
+    assert len(questions) == 1 and questions.num_ratings[0].tolist() == [3, 0]
+    assert questions.ratings[0, 0] == pytest.approx((0 + 0.5 + 1) / 3)
+    answers = questions.__getitems__([0])["answers"]
+    assert answers["ratings"][:, 0].tolist() == [0.25, 1.0] and answers["num_ratings"][:, 0].tolist() == [2, 1]
+
+
+def test_a_rater_who_likes_the_left_is_found_and_does_not_spoil_the_reward(make_trainer):
+    votes, _ = make_votes(60, seed=4)
+    rng = np.random.default_rng(0)
+    rows = []
+    for vote in votes.to_list():
+        left = int(rng.integers(2))
+        if vote["rater"] == "simulated-0" and rng.random() < 0.6:  # blindly
+            vote |= {"label_0": 1.0 - left, "label_1": float(left)}
+        rows.append({**vote, "left": left})
+    votes = datasets.Dataset.from_list(rows, features=VOTE_FEATURES)
+    trainer = make_trainer(votes, num_train_epochs=12, rater_learning_rate=0.02)
+    trainer.train()
+    pull, consistency = trainer.rater_terms.pull.detach(), trainer.rater_terms.consistency.detach()
+    assert pull[0] > 0.5 > pull[1:].abs().max()
+    assert consistency[0] < consistency[1:].min()
+    alike = make_trainer(votes, num_train_epochs=1, rater_learning_rate=0.0)
+    alike.train()
+    assert (alike.rater_terms.pull == 0).all() and (alike.rater_terms.consistency == 1).all()
+
+
+def test_a_gaussian_head_learns_on_which_images_raters_disagree(make_trainer, train_votes):
+    rng = np.random.default_rng(0)
+
+    def disagree(vote):  # about noisy sources, by a coin
+        noisy = np.asarray(vote["image"]).mean() > 127
+        label = float(rng.integers(2)) if noisy else vote["label_0"]
+        return {"label_0": label, "label_1": 1 - label}
+
+    votes = train_votes.map(disagree, features=VOTE_FEATURES)
+    trainer = make_trainer(votes, make_model(gaussian=True), num_train_epochs=12)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy/bright"] > 0.6
+    questions = trainer.train_dataset
+    inputs = questions.decode(range(len(questions.candidates)))
+    with torch.no_grad():
+        stds = trainer.model(**trainer.model.prepare_inputs(**inputs)).stds.mean(dim=1)
+    noisy = inputs["sources"].mean(dim=(1, 2, 3)) > 127 / 255
+    assert stds[noisy].mean() > 1.2 * stds[~noisy].mean()
+    votes = trainer.model.compare(inputs["images"][:4], inputs["images"][4:8], *_condition(inputs, 4))
+    torch.testing.assert_close(votes["bright"].sum(dim=1), torch.ones(4))
+
+
+def _condition(inputs, number):
+    return [inputs[name][:number] for name in ("masks", "sources", "label_maps", "prompts", "tasks")]
+
+
+def test_smoothed_labels_make_a_model_less_sure(make_trainer, train_votes):
+    spread = {}
+    for smoothing in (0.0, 0.2):
+        trainer = make_trainer(train_votes, num_train_epochs=6, label_smoothing_factor=smoothing)
+        trainer.train()
+        spread[smoothing] = trainer.model.heads.logit_std
+    assert (spread[0.2] < 0.9 * spread[0.0]).all()
+    counts = torch.tensor([[3.0, 1.0, 0.0]])
+    torch.testing.assert_close(smoothed(counts, 0.1), torch.tensor([[2.7, 1.0, 0.3]]))
+
+
+def test_comparisons_are_calibrated_and_the_same_in_both_orders(make_trainer, unseen):
+    trainer = make_trainer(num_train_epochs=12)
+    trainer.train()
+    metrics, model, questions = trainer.evaluate(), trainer.model, trainer.eval_dataset
+    for head, criterion in enumerate(CRITERIA):
+        temperature = model.heads.temperature[head].item()
+        assert temperature == pytest.approx(metrics[f"eval_temperature/{criterion}"], rel=1e-3) and temperature != 1
+    first, second = questions.pairs[:20].T.tolist()
+    one, other = questions.decode(first), questions.decode(second)
+    condition = _condition(one, 20)
+    votes = model.compare(one["images"], other["images"], *condition)
+    swapped = model.compare(other["images"], one["images"], *condition)
+    for head, criterion in enumerate(CRITERIA):
+        torch.testing.assert_close(votes[criterion], swapped[criterion].flip(-1))
+        difference = model.score(**one)[criterion] - model.score(**other)[criterion]
+        difference = difference * model.heads.logit_std[head] / model.heads.temperature[head]
+        odds = votes[criterion][:, 0].log() - votes[criterion][:, 2].log()
+        torch.testing.assert_close(odds, difference, atol=1e-4, rtol=1e-4)
+
+
+def test_the_model_is_less_unsure_the_more_votes_it_has_seen(make_trainer, train_votes, unseen):
+    unsure = {}
+    for number in (180, 1080):
+        torch.manual_seed(0)
+        trainer = make_trainer(train_votes.select(range(number)), max_steps=60)
+        trainer.train()
+        inputs = trainer.eval_dataset.decode(range(24))
+        _, stds = trainer.model.score(**inputs, return_std=True)
+        draws = trainer.model.sample_logits(**inputs, num_samples=4000, generator=torch.Generator().manual_seed(0))
+        for head, criterion in enumerate(CRITERIA):
+            expected = stds[criterion] * trainer.model.heads.logit_std[head]
+            torch.testing.assert_close(draws[:, :, head].std(dim=0), expected, rtol=0.06, atol=1e-4)
+        again = trainer.model.sample_logits(**inputs, num_samples=4000, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(draws, again)
+        first, second = trainer.eval_dataset.pairs[:8].T
+        information = vote_information(draws[:, first].numpy(), draws[:, second].numpy())
+        unsure[number] = information.mean()
+    assert unsure[1080] < 0.7 * unsure[180]
+
+
+def test_an_untrained_model_has_nothing_to_draw_from(train_votes):
+    model, questions = make_model(), Questions(train_votes, make_model().config)
+    with pytest.raises(RuntimeError, match="no posterior.*RewardTrainer"):
+        model.sample_logits(**questions.decode([0]))
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    vit = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    AutoModel.from_config(ViTConfig(**vit, image_size=SIZE, patch_size=4)).save_pretrained(tmp_path / "vit")
+
+    def make():
+        torch.manual_seed(0)
+        config = {"criteria": CRITERIA, "labels": LABELS, "image_size": SIZE, "hidden_size": 16}
+        return OneRewardModel.from_backbone(tmp_path / "vit", **config)
+
+    return make
+
+
+ADAPTER = LoraConfig(r=4, target_modules="all-linear")
+
+
+def test_an_adapter_of_the_backbone_is_trained_saved_folded_in_and_resumed(make_trainer, pretrained):
+    settings = {"peft_config": ADAPTER, "max_steps": 6, "save_steps": 3, "logging_steps": 1}
+    trainer = make_trainer(model=pretrained(), **settings)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    changed = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert any("lora_B" in name for name in changed) and any(name.startswith("heads.outputs") for name in changed)
+    assert any("patch_embeddings" in name for name in changed)  # has to learn the mask and the source
+    assert not any("base_layer" in name and "patch_embeddings" not in name for name in changed)
+
+    trainer.save_model()
+    inputs = trainer.train_dataset.decode(range(6))
+    loaded = AutoModel.from_pretrained(trainer.args.output_dir)
+    for criterion, rewards in trainer.model.score(**inputs).items():
+        torch.testing.assert_close(loaded.score(**inputs)[criterion], rewards, atol=1e-4, rtol=1e-4)
+    assert not any("lora" in name for name in loaded.state_dict())
+
+    resumed = make_trainer(model=pretrained(), **settings)
+    resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-3"))
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("peft_config", [None, ADAPTER], ids=["all weights", "adapter"])
+def test_the_best_checkpoint_is_what_is_left(make_trainer, pretrained, peft_config):
+    trainer = make_trainer(
+        model=pretrained(),
+        peft_config=peft_config,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_log_loss/bright",
+        greater_is_better=True,  # so that the best is not the last
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        max_steps=6,
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-6"
+    kept, inputs = OneRewardModel.from_pretrained(best), trainer.train_dataset.decode(range(4))
+    with torch.no_grad():
+        found, expected = (m.eval()(**m.prepare_inputs(**inputs)).logits for m in (trainer.model, kept))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_an_adapter_that_cannot_be_folded_in_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="'.*convolution', a WeightStandardizedConv2d, .*cannot be folded"):
+        make_trainer(peft_config=LoraConfig(r=2, target_modules=["convolution"]))
+
+
+def test_a_task_has_criteria_of_its_own(make_trainer, train_votes):
+    config = {"criteria": [*CRITERIA, "removal_quality"], "task_criteria": {"remove": ["removal_quality"]}}
+    votes = train_votes.select(range(36)).to_list()
+    removed = [
+        {
+            **vote,
+            "task": "remove",
+            "criterion": "removal_quality",
+            "vote_id": f"r{i}",
+            "pair_id": f"r{vote['pair_id']}",
+        }
+        for i, vote in enumerate(votes)
+    ]
+    both = datasets.Dataset.from_list(votes + removed, features=VOTE_FEATURES)
+    trainer = make_trainer(both, make_model(**config), max_steps=2)
+    trainer.train()
+    inputs = trainer.train_dataset.decode(range(len(trainer.train_dataset.candidates)))
+    rewards = trainer.model.score(**inputs)
+    removal = torch.tensor([task == "remove" for task in inputs["tasks"]])
+    assert torch.equal(rewards["bright"].isnan(), removal) and not rewards["removal_quality"].isnan().any()
+
+    wrong = datasets.Dataset.from_list([{**removed[0], "criterion": "bright"}], features=VOTE_FEATURES)
+    with pytest.raises(ValueError, match=r"Row 0 is a vote on 'bright' of the task 'remove'.*\['removal_quality'\]"):
+        Questions(wrong, make_model(**config).config)
+    with pytest.raises(ValueError, match="`task_criteria` has .*'beauty'"):
+        make_model(task_criteria={"remove": ["beauty"]})
+
+
+def test_one_name_for_two_things_is_refused(train_votes):
+    rows = train_votes.select(range(2)).to_list()
+    rows[1]["case_id"] = "another"
+    with pytest.raises(ValueError, match="Rows 0 and 1 share the `pair_id`"):
+        Questions(datasets.Dataset.from_list(rows, features=VOTE_FEATURES), make_model().config)
 
 
 # ------------------------------------------------------------------------------------------------------------- data

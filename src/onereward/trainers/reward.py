@@ -10,10 +10,10 @@ import datasets
 import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize_scalar
-from scipy.special import xlogy
 from scipy.stats import spearmanr
 from torch import nn
 from torch.utils.data import Dataset, Sampler
@@ -270,17 +270,23 @@ def fit_temperature(
     """
 
     def negative_log_likelihood(log_temperature):
-        first = first_wins(difference, variance, np.exp(log_temperature))
-        return -(xlogy(wins, first) + xlogy(losses, 1 - first)).sum()
+        first, second = decided_log_probabilities(difference, variance, np.exp(log_temperature))
+        return -(wins * first + losses * second).sum()
 
     return float(np.exp(minimize_scalar(negative_log_likelihood, bounds=(-4, 4), method="bounded").x))
 
 
-def first_wins(difference: np.ndarray, variance: np.ndarray | None = None, temperature: float = 1.0) -> np.ndarray:
-    """Probability that the first image wins a decided vote: sigmoid(d / T), or its mean over N(d, variance)."""
+def decided_log_probabilities(
+    difference: np.ndarray, variance: np.ndarray | None = None, temperature: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Log-probabilities that the first and that the second image wins, given that there is no tie: those of
+    sigmoid(+-d / T), or of its mean over d ~ N(difference, variance).
+    """
     d = torch.from_numpy(np.asarray(difference, dtype=float)) / temperature
     spread = None if variance is None else torch.from_numpy(np.asarray(variance, dtype=float)) / temperature**2
-    return davidson_log_probabilities(d, torch.tensor(NO_TIES, dtype=d.dtype), spread)[..., 0].exp().numpy()
+    first, _, second = davidson_log_probabilities(d, torch.tensor(NO_TIES, dtype=d.dtype), spread).numpy().T
+    return first, second
 
 
 def preference_metrics(
@@ -328,15 +334,15 @@ def preference_metrics(
         right = np.where(d > 0, wins, np.where(d < 0, losses, decided / 2))
         metrics[f"accuracy/{criterion}"] = float(right.sum() / decided.sum())
         spread = None if variance is None else variance[:, head]
-        metrics[f"ece/{criterion}"] = expected_calibration_error(first_wins(np.abs(d), spread), right, decided)
+        confidence = np.exp(decided_log_probabilities(np.abs(d), spread)[0])
+        metrics[f"ece/{criterion}"] = expected_calibration_error(confidence, right, decided)
         metrics[f"temperature/{criterion}"] = fit_temperature(d, wins, losses, spread)
-        confidence = first_wins(np.abs(d), spread)
         for half in (0, 1):
             fit, use = cases % 2 != half, cases % 2 == half
             if decided[fit].sum() > 0:
                 spreads = (None, None) if spread is None else (spread[fit], spread[use])
                 temperature = fit_temperature(d[fit], wins[fit], losses[fit], spreads[0])
-                confidence[use] = first_wins(np.abs(d[use]), spreads[1], temperature)
+                confidence[use] = np.exp(decided_log_probabilities(np.abs(d[use]), spreads[1], temperature)[0])
         metrics[f"ece_calibrated/{criterion}"] = expected_calibration_error(confidence, right, decided)
     accuracies = [value for name, value in metrics.items() if name.startswith("accuracy/")]
     return {"accuracy": float(np.mean(accuracies)), **metrics} if accuracies else metrics
@@ -428,7 +434,7 @@ class RewardTrainer(Trainer):
             Further callbacks.
 
     Raises:
-        `ValueError`: when a criterion of the model has no vote in `train_dataset`.
+        `ValueError`: when a criterion of the model has no vote in `train_dataset`, or the adapter cannot be folded in.
 
     Example:
 
@@ -466,6 +472,14 @@ class RewardTrainer(Trainer):
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights are random
             model.vision = get_peft_model(model.vision, peft_config)
+            for name, layer in model.vision.named_modules():
+                # such as BiT's convolutions, which standardize their weights: the sum is not the sum of outputs
+                if isinstance(layer, BaseTunerLayer) and type(layer.base_layer) not in (nn.Linear, nn.Conv2d):
+                    raise ValueError(
+                        f"`peft_config` adapts {name!r}, a {type(layer.base_layer).__name__}, into which an adapter "
+                        "cannot be folded. Choose `target_modules` that are linear layers or plain convolutions, or "
+                        "train all weights."
+                    )
             first_layer(model).requires_grad_(True)
         super().__init__(
             model=model,
@@ -536,6 +550,10 @@ class RewardTrainer(Trainer):
         loss = loss / (votes + bars)
         if training:
             loss = loss + terms.penalty() / _votes_on(self.train_dataset).sum()
+            if variance is not None:
+                # Votes hardly tell large differences of uncertain images from small ones of certain images: a unit
+                # half-normal prior of each standard deviation does.
+                loss = loss + (outputs.stds**2).sum() / 2 / (votes + bars)
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
