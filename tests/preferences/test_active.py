@@ -57,8 +57,13 @@ def votes_needed(seed, active, accuracy=0.85, most=1200, size=12):
             break
         members = rng.multivariate_normal(mode, covariance, size=24)
         information = vote_information(members @ pool.T, np.zeros((24, 1500))) if active else rng.random(1500)
-        information[asked] = -1
-        asked += list(np.argsort(-information)[:5])
+        # as a rater would be asked, but for repeats, which ask for nothing new
+        answered = [(int(pair), "quality") for pair in asked]
+        names = [(f"a{i}", f"b{i}") for i in range(1500)]
+        questions = next_questions(
+            information[:, None], ["quality"], ["fill"] * 1500, names, answered, 6, rng, repeat_share=0
+        )
+        asked += [question.pair for question in questions]
     return len(asked)
 
 
@@ -75,6 +80,7 @@ IMAGES = [(f"a{i // 3}", f"b{i}") for i in range(40)]
 def ask(information=None, answered=(), count=20, seed=0, **kwargs):
     rng = np.random.default_rng(seed)
     information = rng.random((40, 2)) if information is None else information
+    kwargs = {"random_share": 0} | kwargs
     return next_questions(information, CRITERIA, TASKS, IMAGES, answered, count, rng, **kwargs)
 
 
@@ -95,6 +101,16 @@ def test_within_its_turn_the_pair_that_tells_most_is_asked_and_no_image_is_seen_
     assert {(17, "quality"), (33, "realism")} <= {(q.pair, q.criterion) for q in questions}
     names = Counter(name for q in ask(count=8) for name in IMAGES[q.pair])
     assert max(names.values()) == 1
+
+
+def test_a_share_of_the_pairs_is_drawn_at_random():
+    information = np.arange(80.0).reshape(40, 2)
+    chosen = [q for seed in range(200) for q in ask(information, count=1, seed=seed, random_share=0.5)]
+    best = {"fill": 29, "remove": 39}
+    share = np.mean([q.pair == best[TASKS[q.pair]] for q in chosen])
+    assert 0.5 < share < 0.6  # half of them by their information, and a few by chance
+    with pytest.raises(ValueError, match="`random_share` is 1.5"):
+        ask(random_share=1.5)
 
 
 def test_a_share_of_the_questions_are_old_ones_and_each_is_repeated_once():

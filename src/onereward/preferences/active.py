@@ -84,11 +84,13 @@ def next_questions(
     rng: np.random.Generator,
     all_votes: Sequence[tuple[int, str]] = (),
     repeat_share: float = 0.07,
+    random_share: float = 0.5,
 ) -> list[Question]:
     """
     The next questions for one rater. New ones go by turns to the criterion, and within it to the task, that has the
-    fewest votes of all raters, and there to the pair that tells most; within one call no image is shown twice as long
-    as others are left. A share are questions that the rater has answered before. Order and sides are by chance.
+    fewest votes of all raters, and there to the pair that tells most, or a random one; within one call no image is
+    shown twice as long as others are left. A share are questions that the rater has answered before. Order and sides
+    are by chance.
 
     Nothing that a rater sees may tell which model made an image: show the images under names of their own, and draw
     `rng` from a seed that the rater does not know.
@@ -114,6 +116,10 @@ def next_questions(
         repeat_share (`float`, *optional*, defaults to `0.07`):
             Share of repeats, from 0 up to below 1, once there is something to repeat. The latest answers are repeated
             last, so that memory helps little.
+        random_share (`float`, *optional*, defaults to `0.5`):
+            Share of the new questions whose pair is drawn at random. A reward model that cannot be right has the wrong
+            doubts, and asking by them alone then needs more votes than asking at random; half and half keeps most of
+            what active collection saves, and loses little where it does not.
 
     Returns:
         `list[Question]`: at most `count`; fewer when the rater has answered nearly all there is.
@@ -140,6 +146,8 @@ def next_questions(
         )
     if not 0 <= repeat_share < 1:
         raise ValueError(f"`repeat_share` is {repeat_share}; expected from 0 up to below 1, such as 0.07.")
+    if not 0 <= random_share <= 1:
+        raise ValueError(f"`random_share` is {random_share}; expected from 0 to 1, such as 0.5.")
 
     own = Counter(answered)
     repeatable = [question for question in dict.fromkeys(answered) if own[question] == 1]
@@ -158,7 +166,9 @@ def next_questions(
         by_criterion = Counter({c: sum(n for (other, _), n in votes.items() if other == c) for c in criteria})
         place = min(open_questions, key=lambda key: (by_criterion[key[0]], votes[key], rng.random()))
         candidates = open_questions[place]
-        fewest = min(range(len(candidates)), key=lambda i: (max(shown[name] for name in images[candidates[i]]), i))
+        # the first is the one that tells most
+        order = rng.permutation(len(candidates)) if rng.random() < random_share else range(len(candidates))
+        fewest = min(order, key=lambda i: max(shown[name] for name in images[candidates[i]]))
         pair = candidates.pop(fewest)
         if not candidates:
             del open_questions[place]
