@@ -12,16 +12,14 @@ The judge is asked for the criteria that were voted on. A part of the cases is h
 """
 
 import json
-import os
 from dataclasses import dataclass, field
 
-import datasets
 import torch
 from peft import LoraConfig
 from trl import TrlParser
 
 from onereward.data.schema import split_by_case
-from onereward.preferences import upgrade_votes, validate_votes
+from onereward.preferences import load_votes
 from onereward.rewards.judge import QUESTION, GenerativeJudge
 from onereward.trainers.judge import JudgeConfig, JudgeTrainer
 
@@ -55,19 +53,9 @@ class JudgeScriptArguments:
     )
 
 
-def load(script_args: JudgeScriptArguments) -> datasets.Dataset:
-    if os.path.isfile(script_args.dataset_name):
-        votes = datasets.Dataset.from_parquet(script_args.dataset_name)
-    else:
-        votes = datasets.load_dataset(script_args.dataset_name, split=script_args.dataset_train_split)
-    votes = upgrade_votes(votes)
-    validate_votes(votes, tuple(set(votes["criterion"])))
-    return votes
-
-
 def main(script_args: JudgeScriptArguments, args: JudgeConfig) -> None:
     torch.manual_seed(args.seed)
-    votes = load(script_args)
+    votes = load_votes(script_args.dataset_name, criteria=None, split=script_args.dataset_train_split)
     fractions = {"train": 1 - script_args.eval_fraction, "eval": script_args.eval_fraction}
     parts = split_by_case(votes, fractions, seed=args.seed)
     processor_kwargs = script_args.processor_kwargs

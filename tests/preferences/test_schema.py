@@ -437,3 +437,19 @@ def test_pictures_are_kept_without_what_a_file_tells_beside_its_pixels():
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(kept))), np.asarray(Image.open(file)))
     assert encode_picture(bare.getvalue())["bytes"] == bare.getvalue()
     assert encode_picture(b"no picture")["bytes"] == b"no picture"
+
+
+def test_votes_on_the_hub_and_of_any_criteria(votes, tmp_path, monkeypatch):
+    """No Hub here: what `datasets` would bring is given to it."""
+    save_votes(votes, tmp_path / "votes.parquet")
+    asked = []
+
+    def from_the_hub(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_parquet(str(tmp_path / "votes.parquet"))
+
+    monkeypatch.setattr(datasets, "load_dataset", from_the_hub)
+    loaded = load_votes("my-name/votes", criteria=None, split="validation")
+    assert asked == [("my-name/votes", "validation")] and loaded["vote_id"] == votes["vote_id"]
+    with pytest.raises(ValueError, match="`criterion` is .* expected one of \\('beauty',\\)"):
+        load_votes("my-name/votes", criteria=("beauty",))

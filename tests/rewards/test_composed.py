@@ -118,3 +118,21 @@ def test_members_must_be_several_and_have_heads_in_common():
 def test_heads_of_any_reward_are_a_dict_of_tensors():
     got = heads_of(giving("share", 1, None, 0.5, 2))(arguments())
     assert list(got) == ["share"] and got["share"].dtype == torch.float32 and got["share"].isnan().sum() == 1
+
+
+def test_one_model_is_pessimistic_by_its_own_doubts():
+    torch.manual_seed(0)
+    model = OneRewardModel(OneRewardConfig(image_size=16, hidden_size=8))
+    with pytest.raises(ValueError, match="one model without a posterior"):
+        pessimistic(model)
+    model.heads.posterior_factor.normal_()
+    masks = torch.zeros(3, 1, 16, 16)
+    masks[..., 4:12, 4:12] = 1
+    batch = {"images": torch.rand(3, 1, 16, 16), "sources": torch.rand(3, 1, 16, 16), "masks": masks}
+    batch |= {"label_maps": None, "prompts": [""] * 3}
+    rewards, stds = model.score(**batch, tasks=["fill"] * 3, return_std=True)
+    got = pessimistic(model, k=2.0)(**batch, task=["fill"] * 3, case_id=["a", "b", "c"])
+    assert set(got) == set(rewards)
+    for head in rewards:
+        assert (stds[head] > 0).all()
+        torch.testing.assert_close(got[head], rewards[head] - 2 * stds[head])

@@ -577,11 +577,16 @@ def test_the_card_says_who_voted_and_how_well_the_model_does(make_trainer):
     assert "simulated" in card
 
 
-def test_the_launch_script_trains_and_saves(tmp_path, train_votes):
+@pytest.fixture
+def script():
     path = Path(__file__).parents[2] / "trainers" / "reward.py"
     spec = importlib.util.spec_from_file_location("reward_script", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_launch_script_trains_and_saves(tmp_path, train_votes, script):
     save_votes(train_votes, tmp_path / "votes.parquet")
     config = tmp_path / "config.yaml"
     config.write_text(
@@ -593,3 +598,25 @@ def test_the_launch_script_trains_and_saves(tmp_path, train_votes):
     model = OneRewardModel.from_pretrained(tmp_path / "out")
     assert model.config.criteria == CRITERIA and model.config.image_size == SIZE
     assert "Research use only" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_launch_script_adapts_a_pretrained_backbone(tmp_path, train_votes, script, pretrained):
+    save_votes(train_votes.select(range(72)), tmp_path / "votes.parquet")
+    options = {
+        "dataset_name": tmp_path / "votes.parquet",
+        "backbone": tmp_path / "vit",
+        "use_peft": "true",
+        "lora_r": 2,
+        "gaussian": "true",
+        "prompt_buckets": 16,
+        "labels": '{"background": 0, "lesion": 1}',
+        "task_criteria": '{"remove": ["bright"]}',
+        "output_dir": tmp_path / "out",
+        "max_steps": 1,
+        "use_cpu": "true",
+        "report_to": "none",
+    }
+    script.main(*script.parser().parse_args_and_config([x for k, v in options.items() for x in (f"--{k}", str(v))]))
+    config = OneRewardModel.from_pretrained(tmp_path / "out").config
+    assert config.gaussian and config.prompt_buckets == 16 and config.task_criteria == {"remove": ["bright"]}
+    assert config.vision_config.model_type == "vit" and config.vision_image_size == SIZE

@@ -462,26 +462,36 @@ def save_votes(votes: datasets.Dataset, path: str | os.PathLike) -> None:
         pq.write_table(table, partial, compression="zstd", dictionary_pagesize_limit=2**26, row_group_size=4096)
 
 
-def load_votes(path: str | os.PathLike, criteria: tuple[str, ...] = CRITERIA) -> datasets.Dataset:
+def load_votes(
+    path: str | os.PathLike, criteria: tuple[str, ...] | None = CRITERIA, split: str = "train"
+) -> datasets.Dataset:
     """
-    Read and check the votes of one Parquet file. Votes of an older version of the schema are upgraded.
+    Read and check votes. Those of an older version of the schema are upgraded.
 
     To keep the good rows of a file with bad ones: `validate_votes(read_votes(path), keep_good=True)`.
 
     Args:
         path (`str` or `os.PathLike`):
-            The file, as written by [`save_votes`].
+            A Parquet file, as written by [`save_votes`], or the id of a data set of votes on the Hub.
         criteria (`tuple[str, ...]`, *optional*, defaults to `CRITERIA`):
-            The criteria there are.
+            The criteria there are; `None` for whichever were voted on.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of a data set on the Hub.
 
     Returns:
-        `datasets.Dataset`: rows of `VOTE_FEATURES`, in memory.
+        `datasets.Dataset`: rows of `VOTE_FEATURES`.
 
     Raises:
         `FileNotFoundError`: when there is no such file.
         `ValueError`: when the file is no Parquet file, or a vote in it is not valid.
     """
-    votes = read_votes(path)
+    name = os.fspath(path)
+    if os.path.exists(name) or name.endswith(".parquet"):
+        votes = read_votes(name)
+    else:
+        votes = upgrade_votes(datasets.load_dataset(name, split=split))
+    if criteria is None and "criterion" in votes.column_names:
+        criteria = tuple(dict.fromkeys(votes["criterion"]))
     validate_votes(votes, criteria)
     return votes.select_columns(list(VOTE_FEATURES))
 

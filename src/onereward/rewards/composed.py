@@ -75,7 +75,7 @@ def capped(func: RewardFunc, cap: float | dict[str, float]) -> Callable:
     return reward
 
 
-def pessimistic(funcs: Sequence[RewardFunc], k: float = 1.0, name: str = "pessimistic") -> Callable:
+def pessimistic(funcs: Sequence[RewardFunc] | OneRewardModel, k: float = 1.0, name: str = "pessimistic") -> Callable:
     r"""
     What an ensemble of rewards is fairly sure of: the mean of its members minus `k` times their standard deviation. A
     policy that hacks one member makes them disagree, and earns less for it.
@@ -87,10 +87,11 @@ def pessimistic(funcs: Sequence[RewardFunc], k: float = 1.0, name: str = "pessim
     n, not n - 1), so that two members and `k = 1` give the lesser of both.
 
     Args:
-        funcs (`Sequence[RewardFunc]`):
+        funcs (`Sequence[RewardFunc]` or [`OneRewardModel`]):
             Two members or more, in one unit, since they are averaged: [`OneRewardModel`]s, their folders or Hub ids,
             or functions. All have the same heads, which are combined one by one; or each has just one head, whatever
-            its name.
+            its name. Or one [`OneRewardModel`], whose last layers' posterior is the ensemble: the standard deviations
+            of [`~OneRewardModel.score`].
         k (`float`, *optional*, defaults to 1.0):
             Standard deviations to subtract; 0 is the plain mean.
         name (`str`, *optional*, defaults to `"pessimistic"`):
@@ -100,7 +101,8 @@ def pessimistic(funcs: Sequence[RewardFunc], k: float = 1.0, name: str = "pessim
         `Callable`: a reward function. An image that one of the members cannot score is not scored.
 
     Raises:
-        `ValueError`: with fewer than two members or a negative `k`, or on the first call when the heads differ.
+        `ValueError`: with fewer than two members, one model without a posterior, or a negative `k`; or on the first
+        call when the heads differ.
 
     Example:
 
@@ -108,10 +110,12 @@ def pessimistic(funcs: Sequence[RewardFunc], k: float = 1.0, name: str = "pessim
     >>> reward = pessimistic(["runs/rewards-seed0", "runs/rewards-seed1", "runs/rewards-seed2"], k=1.0)
     ```
     """
-    if isinstance(funcs, str) or not isinstance(funcs, Sequence) or len(funcs) < 2:
-        raise ValueError(f"`funcs` is {funcs!r}; expected a list of two rewards or more, which can disagree.")
     if k < 0:
         raise ValueError(f"`k` is {k}; expected 0 or above: below, disagreement would be rewarded.")
+    if isinstance(funcs, OneRewardModel):
+        return _pessimistic_by_posterior(funcs, k)
+    if isinstance(funcs, str) or not isinstance(funcs, Sequence) or len(funcs) < 2:
+        raise ValueError(f"`funcs` is {funcs!r}; expected a list of two rewards or more, which can disagree.")
     members = [heads_of(func) for func in funcs]
 
     def reward(**arguments):
@@ -126,5 +130,18 @@ def pessimistic(funcs: Sequence[RewardFunc], k: float = 1.0, name: str = "pessim
             values = torch.stack([of_member[head] for of_member in rewards])
             combined[head] = values.mean(dim=0) - k * values.std(dim=0, correction=0)
         return combined
+
+    return reward
+
+
+def _pessimistic_by_posterior(model: OneRewardModel, k: float) -> Callable:
+    if not model.heads.posterior_factor.any():
+        raise ValueError("`funcs` is one model without a posterior; train it with `RewardTrainer`, or give several.")
+    model.requires_grad_(False).eval()
+
+    def reward(images, masks, sources, label_maps, prompts, task, **columns):
+        model.to(images.device)
+        rewards, stds = model.score(images, masks, sources, label_maps, prompts, task, return_std=True)
+        return {head: values - k * stds[head] for head, values in rewards.items()}
 
     return reward
