@@ -1,6 +1,9 @@
 """What `RewardTrainer` promises: it learns from votes, in any order of the sides, and says how well."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -188,6 +191,40 @@ def test_the_order_of_the_sides_does_not_matter(make_trainer, train_votes):
         trainer.model.eval()
         losses.append(trainer.compute_loss(trainer.model, trainer.train_dataset.__getitems__(range(6))))
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from accelerate import PartialState
+from test_reward import CRITERIA, make_model, make_votes
+from onereward.trainers.reward import RewardConfig, RewardTrainer
+folder, process = sys.argv[1], PartialState(cpu=True)
+args = RewardConfig(
+    folder, max_steps=4, per_device_train_batch_size=6, use_cpu=True, report_to="none", disable_tqdm=True,
+    rater_learning_rate=0.02, save_strategy="no",
+)
+trainer = RewardTrainer(make_model(), args, make_votes(12, seed=0)[0], make_votes(5, seed=1)[0])
+trainer.train()
+metrics = {name: value for name, value in trainer.evaluate().items() if name.split("/")[-1] in CRITERIA}
+state = {**trainer.model.state_dict(), **trainer.rater_terms.state_dict(), "metrics": metrics}
+torch.save(state, f"{folder}/{process.process_index}.pt")
+process.destroy_process_group()
+"""
+
+
+def test_two_processes_train_one_model_and_one_set_of_raters(tmp_path):
+    (tmp_path / "two_processes.py").write_text(TWO_PROCESSES)
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29990 + os.getpid() % 9)]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    script = str(tmp_path / "two_processes.py")
+    subprocess.run([sys.executable, *command, script, str(tmp_path)], check=True, timeout=120, env=env)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert one.pop("metrics") == other.pop("metrics")
+    assert (one["consistency"] != 1).all() and one["heads.log_nu"].abs().min() > 0
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
 
 
 # ----------------------------------------------------------------------------------------- ratings, raters, doubt

@@ -125,7 +125,7 @@ class RewardHeads(nn.Module):
         return OneRewardOutput(
             logits=logits,
             rewards=(logits - self.logit_mean) / self.logit_std,
-            log_nu=self.log_nu,
+            log_nu=self.log_nu.clone(),  # DDP takes a bare parameter in an output for one that was not used
             stds=MAX_STD * found[..., 1].sigmoid() if found.shape[-1] > 1 else None,
             features=last,
         )

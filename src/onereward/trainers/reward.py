@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import broadcast
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -556,6 +557,16 @@ class RewardTrainer(Trainer):
                 loss = loss + (outputs.stds**2).sum() / 2 / (votes + bars)
         return loss
 
+    def share_buffers(self):
+        """Give all processes the running statistics of the first, as DDP does before each step of the training."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.accelerator.unwrap_model(self.model).buffers():
+                broadcast(buffer)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self.share_buffers()
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
@@ -585,6 +596,7 @@ class RewardTrainer(Trainer):
         Store in the model what is known once its weights are: the mean and standard deviation of each head's logits
         over the training images, the last layers' posterior, and with votes to evaluate on the temperature.
         """
+        self.share_buffers()
         self.model.eval()
         heads, questions = self.model.heads, self.train_dataset
         numbers, size = range(len(questions.candidates)), 2 * self.args.eval_batch_size
