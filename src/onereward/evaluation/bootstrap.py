@@ -4,7 +4,36 @@ Slices, contrasts and seeds of one case are not independent, so a resample draws
 written as a matrix of row counts: any statistic that takes row weights gets its interval from one matrix product.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Measured:
+    """
+    A figure with its interval and what it rests on.
+
+    Args:
+        value (`float`):
+            The figure, NaN where it is not defined.
+        low, high (`float`):
+            Ends of its 95 % interval, NaN where there is none.
+        n (`int`):
+            Images, or pairs of them, that it rests on.
+        n_failed (`int`, *optional*, defaults to 0):
+            Those that it was meant for, but where it is not defined.
+        note (`str`, *optional*, defaults to `""`):
+            Why there is no figure, or why it says little.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    n_failed: int = 0
+    note: str = ""
 
 
 def resample_cases(case_ids: list[str], resamples: int = 2000, seed: int = 0) -> np.ndarray:
@@ -45,3 +74,64 @@ def percentile_interval(samples: np.ndarray, level: float = 0.95) -> tuple[float
         return float("nan"), float("nan")
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def measured_mean(
+    values: np.ndarray, case_ids: list[str], applies: np.ndarray | None = None, resamples: int = 2000, seed: int = 0
+) -> Measured:
+    """
+    Mean of one figure an image, with its interval by case.
+
+    Args:
+        values (`np.ndarray` of shape `(N,)`):
+            Figures. Those that are not finite are counted as failed, and left out.
+        case_ids (`list[str]`):
+            Case of each image.
+        applies (`np.ndarray` of shape `(N,)`, *optional*):
+            Whether the figure is meant for the image; all when not given.
+        resamples (`int`, *optional*, defaults to 2000):
+            Resamples of the bootstrap.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the bootstrap.
+
+    Returns:
+        [`Measured`]
+
+    Example:
+
+    ```python
+    >>> measured_mean(np.array([1.0, 3.0, np.nan]), ["a", "b", "b"])
+    Measured(value=2.0, low=1.0, high=3.0, n=2, n_failed=1, note='')
+    ```
+    """
+    values, case_ids = np.asarray(values, dtype=float), np.asarray(case_ids)
+    applies = np.ones(len(values), bool) if applies is None else np.asarray(applies, dtype=bool)
+    kept = applies & np.isfinite(values)
+    weights = resample_cases(case_ids[applies], resamples, seed)[:, kept[applies]]
+    return _measured(lambda w: weighted_mean(values[kept], w), weights, case_ids[kept], applies.sum() - kept.sum())
+
+
+def measured_difference(
+    before: np.ndarray,
+    after: np.ndarray,
+    case_ids: list[str],
+    applies: np.ndarray | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Measured:
+    """
+    Mean of `after - before` of the same images, with its paired interval by case. Arguments as in [`measured_mean`];
+    an image fails where either figure is not finite.
+    """
+    difference = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+    return measured_mean(difference, case_ids, applies, resamples, seed)
+
+
+def _measured(statistic: Callable, weights: np.ndarray, case_ids: np.ndarray, n_failed: int) -> Measured:
+    number, cases = weights.shape[1], len(np.unique(case_ids))
+    if number == 0:
+        return Measured(np.nan, np.nan, np.nan, 0, int(n_failed), "there is nothing to measure it on")
+    value = float(statistic(np.ones((1, number)))[0])
+    low, high = percentile_interval(statistic(weights)) if cases > 1 else (np.nan, np.nan)
+    note = "no interval: a single case" if cases == 1 else "a rough interval: few cases" if cases < 20 else ""
+    return Measured(value, low, high, number, int(n_failed), note)
