@@ -36,6 +36,11 @@ Pipeline = Annotated[
 ]
 
 
+MaskThreshold = Annotated[
+    int | None, typer.Option(help="Masks are white above this grey value; else they must be black and white.")
+]
+
+
 def version(value: bool) -> None:
     """Shows the version, and ends."""
     if value:
@@ -83,6 +88,7 @@ def data(
     modality: Annotated[str, typer.Option(help="Modality, where the metadata does not say.")] = "medical",
     color: Annotated[bool, typer.Option(help="Keep colours.")] = False,
     margin: Annotated[float, typer.Option(help="Pixels that masks are grown by.")] = 0.0,
+    mask_threshold: MaskThreshold = None,
     test_fraction: Annotated[float, typer.Option(help="Share of the cases that are kept unseen.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
 ) -> None:
@@ -101,6 +107,7 @@ def data(
         modality=modality,
         mode="RGB" if color else "L",
         margin=margin,
+        mask_threshold=mask_threshold,
         metadata=read_brisc(folder, task) if layout == "brisc" else None,
     )
     parts = split_by_case(rows, {"train": 1 - test_fraction, "test": test_fraction}, seed)
@@ -169,6 +176,76 @@ def generate(
     with whole_file(output) as partial:
         result.save(partial, format="png", pnginfo=marks)
     typer.echo(f"Wrote {output}. Synthetic, research use only, not for clinical use.")
+
+
+@app.command()
+def evaluate(
+    pipeline: Pipeline,
+    adapter: Annotated[
+        str | None, typer.Option(help="Adapter to compare with the pipeline: a folder or a Hub id.")
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None, typer.Option(help="Two adapters to compare with each other.", metavar="A B")
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="phantom; a folder of images and masks; rows of `onereward data`; or a Hub id.")
+    ] = "phantom",
+    split: Annotated[str, typer.Option(help="Split of the rows, where they have any.")] = "test",
+    train_data: Annotated[
+        str | None, typer.Option(help="What it was trained on, as --data: to tell whether it was memorised.")
+    ] = None,
+    votes: Annotated[
+        str | None, typer.Option(help="Votes of a reader study whose models have the names of base and adapters.")
+    ] = None,
+    extractor: Annotated[
+        str | None, typer.Option(help="Image model whose features tell distributions apart; the built-in phantom64.")
+    ] = None,
+    num_cases: Annotated[int, typer.Option(help="Cases of the phantom.", min=2)] = 48,
+    task: Annotated[str, typer.Option(help="fill, remove or extend, where a folder does not say.")] = "fill",
+    modality: Annotated[str, typer.Option(help="Modality, where a folder does not say.")] = "medical",
+    mask_threshold: MaskThreshold = None,
+    output: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/evaluation"),
+    num_seeds: Annotated[int, typer.Option(help="Pictures of each row.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 20,
+    guidance: Annotated[float, typer.Option(help="Weight of guidance; 1 is off.")] = 1.0,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="What it was tuned on, beside what its card says. May be repeated.")
+    ] = None,
+    resamples: Annotated[int, typer.Option(help="Draws of each interval.", min=100)] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the pictures and the draws.")] = 0,
+    card: Annotated[bool, typer.Option(help="Write the figures into the adapters' cards.")] = False,
+    restart: Annotated[bool, typer.Option(help="Delete what an earlier run left there.")] = False,
+) -> None:
+    """Say how good a pipeline or adapter is on unseen cases, with intervals: one page, and JSON."""
+    from onereward.evaluate import EvaluateSettings, run_evaluate
+
+    if adapter is not None and compare is not None:
+        raise ValueError("--adapter and --compare are both given; name one adapter, or two to compare.")
+    settings = EvaluateSettings(
+        pipeline=_pipeline_name(pipeline),
+        adapters=compare or ((adapter,) if adapter else ()),
+        data=data,
+        split=split,
+        train_data=train_data,
+        votes=votes,
+        extractor=extractor,
+        num_cases=num_cases,
+        task=task,
+        modality=modality,
+        mask_threshold=mask_threshold,
+        seeds=tuple(range(seed, seed + num_seeds)),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        rewards=tuple(reward or ()),
+        resamples=resamples,
+        seed=seed,
+    )
+    try:
+        run_evaluate(output, settings, restart, card)
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. What is painted is kept in {output}: run the same command again to go on.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"Wrote {output / 'report.html'}. Research use only, not for clinical use.")
 
 
 @preferences.command()

@@ -217,6 +217,7 @@ def load_folder(
     labels: dict[str, int] | None = None,
     mask_label: str | None = None,
     margin: float = 0.0,
+    mask_threshold: int | None = None,
     source: str = "folder",
     salt: str | None = None,
     metadata: list[dict] | None = None,
@@ -255,6 +256,9 @@ def load_folder(
             rows have an empty label map when not given.
         margin (`float`, *optional*, defaults to 0.0):
             Pixels (of the result) by which masks are grown, e.g. to take in the blurred border of a lesion.
+        mask_threshold (`int`, *optional*):
+            Masks are white above this grey value, such as 127 where a grey in between means "ignore". Masks of other
+            values than black and white are refused when not given.
         source (`str`, *optional*, defaults to `"folder"`):
             Name of the data set.
         salt (`str`, *optional*):
@@ -305,7 +309,7 @@ def load_folder(
 
     rows = []
     for record in tqdm(records, desc="Reading the images"):
-        row = read_row(path, record, size, record.get("task", task), mode, labels, mask_label, margin)
+        row = read_row(path, record, size, record.get("task", task), mode, labels, mask_label, margin, mask_threshold)
         case = record.get("case_id", PurePath(record["file_name"]).stem)
         case_hash = hashlib.blake2b(f"{salt}\n{case}".encode(), digest_size=8).hexdigest()
         names = [name for name, value in (labels or {}).items() if value and (row["label_map"] == value).any()]
@@ -332,12 +336,16 @@ def read_row(
     labels: dict[str, int] | None,
     mask_label: str | None,
     margin: float,
+    mask_threshold: int | None = None,
 ) -> dict[str, np.ndarray | None]:
     """The four pictures of one record as arrays, checked and resized."""
     files = {column: path / record[column] for column in FILE_COLUMNS if column in record}
     image_file, mask_file = files["file_name"], files["mask_file_name"]
     image = to_8_bit(open_picture(image_file), mode, str(image_file))
-    mask = check_mask(to_values(open_picture(mask_file), str(mask_file)), image.size[::-1], str(mask_file))
+    mask = to_values(open_picture(mask_file), str(mask_file))
+    if mask_threshold is not None:
+        mask = np.where(mask > mask_threshold, 255, 0).astype(np.uint8)
+    mask = check_mask(mask, image.size[::-1], str(mask_file))
     target = None if task == "remove" else image
     if "target_file_name" in files:
         target_file = files["target_file_name"]

@@ -123,8 +123,38 @@ def measured_difference(
     Mean of `after - before` of the same images, with its paired interval by case. Arguments as in [`measured_mean`];
     an image fails where either figure is not finite.
     """
-    difference = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
-    return measured_mean(difference, case_ids, applies, resamples, seed)
+    return measured_mean(paired_difference(before, after), case_ids, applies, resamples, seed)
+
+
+def paired_difference(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """`after - before`, NaN where either is not finite: that of two infinite figures is not 0."""
+    before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    both = np.isfinite(before) & np.isfinite(after)
+    return np.subtract(after, before, out=np.full(before.shape, np.nan), where=both)
+
+
+def measured_ratio(
+    values: np.ndarray,
+    references: np.ndarray,
+    case_ids: list[str],
+    applies: np.ndarray | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Measured:
+    """
+    Mean of `values` over the mean of `references` of the same images, with its paired interval by case. Arguments as
+    in [`measured_mean`]; an image fails where either figure is not finite.
+    """
+    values, references = np.asarray(values, dtype=float), np.asarray(references, dtype=float)
+    case_ids = np.asarray(case_ids)
+    applies = np.ones(len(values), bool) if applies is None else np.asarray(applies, dtype=bool)
+    kept = applies & np.isfinite(values) & np.isfinite(references)
+    weights = resample_cases(case_ids[applies], resamples, seed)[:, kept[applies]]
+
+    def ratio(w):
+        return weighted_mean(values[kept], w) / weighted_mean(references[kept], w)
+
+    return _measured(ratio, weights, case_ids[kept], applies.sum() - kept.sum())
 
 
 def _measured(statistic: Callable, weights: np.ndarray, case_ids: np.ndarray, n_failed: int) -> Measured:

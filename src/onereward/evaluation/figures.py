@@ -64,26 +64,40 @@ def before_after_figure(
     labels: dict[str, int] | None = LABELS,
 ) -> None:
     """
-    Draws one line per case: source with the mask's outline, label map, before, after, truth.
+    Draws one line per case: source with the mask's outline, label map, before, after, truth. Arguments as in
+    [`picture_grid`]; without `truth` its column is left out.
+    """
+    columns = {"Before tuning": before, "After tuning": after} | ({} if truth is None else {"Truth": truth})
+    picture_grid(rows, columns, path, labels=labels)
+
+
+def picture_grid(
+    rows: list[dict],
+    columns: dict[str, torch.Tensor],
+    path: str | os.PathLike,
+    *,
+    captions: list[str] | None = None,
+    labels: dict[str, int] | None = LABELS,
+) -> None:
+    """
+    Draws one line per row: source with the mask's outline, label map, and a picture of each column.
 
     Args:
         rows (`list[dict]`):
             Decoded rows in the schema of [`onereward.data.schema.FEATURES`], all of one size.
-        before (`torch.Tensor`):
-            Images of shape `(len(rows), C, H, W)` in [0, 1] generated without the adapter.
-        after (`torch.Tensor`):
-            The same, generated with the adapter.
-        truth (`torch.Tensor`, *optional*):
-            Ground truth of the same shape; without it the column is left out.
+        columns (`dict[str, torch.Tensor]`):
+            Title -> images of shape `(len(rows), C, H, W)` in [0, 1].
         path (`str` or `os.PathLike`):
             PNG file to write.
+        captions (`list[str]`, *optional*):
+            Words above each line. Defaults to task, modality and prompt.
         labels (`dict[str, int]`, *optional*, defaults to the phantom's):
             Name and value of each label, for the legend.
     """
     height, width = np.asarray(rows[0]["mask"]).shape
     scale = max(1, round(192 / max(height, width)))  # nearest-neighbour, so that a pixel stays a pixel
     panel_h, panel_w = scale * height, scale * width
-    titles = ["Source and mask", "Label map", "Before tuning", "After tuning"] + ["Truth"] * (truth is not None)
+    titles = ["Source and mask", "Label map", *columns]
     margin, gap, top, caption, bottom = 16, 8, 34, 22, 44
     total_w = 2 * margin + len(titles) * panel_w + (len(titles) - 1) * gap
     total_h = top + len(rows) * (caption + panel_h + gap) + bottom
@@ -101,14 +115,15 @@ def before_after_figure(
     characters = int((total_w - 2 * margin) / 6.2)  # of the caption's font
     for i, row in enumerate(rows):
         y = top + i * (caption + panel_h + gap)
-        text = textwrap.shorten(f"{row['task']}, {row['modality']}: {row['prompt']}", characters, placeholder=" ...")
+        text = f"{row['task']}, {row['modality']}: {row['prompt']}" if captions is None else captions[i]
+        text = textwrap.shorten(text, characters, placeholder=" ...")
         write(margin, y + caption / 2, text, fontsize=8.5, color=MUTED)
         mask, label_map = np.asarray(row["mask"]) > 0, np.asarray(row["label_map"])
         source = _rgb(row["image"])
         # What `extend` paints over is not part of the case: the pipeline never sees it.
         seen = np.where(mask[..., None], 0.3 * source, source) if row["task"] == "extend" else source
         panels = [_outlined(seen, mask, scale), _enlarge(_painted(source, label_map, mask, labels or {}), scale)]
-        for images in (before, after, truth)[: len(titles) - 2]:
+        for images in columns.values():
             image = (images[i].detach().cpu().float().clamp(0, 1) * 255).round().numpy().transpose(1, 2, 0)
             panels.append(_enlarge(_rgb(image.squeeze(-1) if image.shape[-1] == 1 else image), scale))
         for j, panel in enumerate(panels):

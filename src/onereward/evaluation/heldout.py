@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from onereward.data.schema import rows_to_tensors
 from onereward.evaluation.bootstrap import percentile_interval, resample_cases, weighted_mean
-from onereward.evaluation.metrics import dice, kernel_distance, masked_mae, masked_ssim
+from onereward.evaluation.metrics import dice, kernel_distance, masked_mae, masked_psnr, masked_ssim
 from onereward.evaluation.segmenter import Segmenter
+from onereward.evaluation.surface import surface_measures
 
 
 @dataclasses.dataclass
@@ -145,7 +146,9 @@ def generate_images(
     return torch.cat(images)
 
 
-def _figures(images: torch.Tensor, tensors: dict, modalities: list[str], segmenter: Segmenter | None) -> dict:
+def _figures(
+    images: torch.Tensor, tensors: dict, modalities: list[str], segmenter: Segmenter | None, detailed: bool
+) -> dict:
     """Every figure of each image `(B,)`, and the judge's features `(B, d)`, whatever the task."""
     sources, targets = (tensors[name].expand_as(images) for name in ("images", "targets"))
     masks = tensors["masks"]
@@ -155,12 +158,19 @@ def _figures(images: torch.Tensor, tensors: dict, modalities: list[str], segment
         "ssim": masked_ssim(images, targets, masks),
         "changed_pixels": ((images != sources).any(1) & ~inside).flatten(1).sum(1),
     }
+    if detailed:
+        figures["psnr"] = masked_psnr(images, targets, masks)
     if segmenter is not None:
         found = segmenter.segment(images, modalities)
         figures["residual_tumour"] = ((found > 0) & inside).flatten(1).sum(1) / inside.flatten(1).sum(1)
         regions = {name: value for name, value in segmenter.labels.items() if value}
         overlaps = dice(found, tensors["label_maps"][:, 0], list(regions.values()))
         figures |= {f"dice_{name}": column for name, column in zip(regions, overlaps.unbind(1), strict=True)}
+        if detailed:
+            surfaces = surface_measures(found, tensors["label_maps"][:, 0], list(regions.values()), spacing=(1.0, 1.0))
+            for kind in ("hd95", "surface_dice"):
+                columns = zip(regions, surfaces[kind].unbind(1), strict=True)
+                figures |= {f"{kind}_{name}": column for name, column in columns}
         figures |= {f"asks_{name}": (tensors["label_maps"] == i).flatten(1).any(1) for name, i in regions.items()}
         figures["features"] = segmenter.region_features(images, masks, modalities)
     return figures
@@ -168,7 +178,12 @@ def _figures(images: torch.Tensor, tensors: dict, modalities: list[str], segment
 
 @torch.no_grad()
 def measure_images(
-    images: torch.Tensor, dataset, *, segmenter: Segmenter | None = None, batch_size: int = 128
+    images: torch.Tensor,
+    dataset,
+    *,
+    segmenter: Segmenter | None = None,
+    batch_size: int = 128,
+    detailed: bool = False,
 ) -> Heldout:
     """
     Measures generated images against the rows that they were made for.
@@ -183,6 +198,11 @@ def measure_images(
             for images of another kind or size than it was trained on.
         batch_size (`int`, *optional*, defaults to `128`):
             Images measured at once.
+        detailed (`bool`, *optional*, defaults to `False`):
+            Whether to measure, too, `{task}_psnr` in dB, infinite and so failed for an identical region, and of each
+            region `fill_hd95_{region}` in pixels and `fill_surface_dice_{region}` within 1 pixel
+            ([`~onereward.evaluation.surface.surface_measures`]); a region that the judge does not find has no hd95,
+            and fails.
 
     Returns:
         [`Heldout`]
@@ -204,11 +224,11 @@ def measure_images(
         tensors = rows_to_tensors([{**row, "target": row["target"] or row["image"]} for row in rows])
         modalities = [row["modality"] for row in rows]
         truth = tensors["targets"].expand(-1, images.shape[1], -1, -1)
-        real.append(_figures(truth, tensors, modalities, segmenter))
+        real.append(_figures(truth, tensors, modalities, segmenter, detailed))
         for repeat in range(repeats):
             first = repeat * len(dataset) + start
             chunk = images[first : first + len(rows)]
-            generated[repeat].append(_figures(chunk, tensors, modalities, segmenter))
+            generated[repeat].append(_figures(chunk, tensors, modalities, segmenter, detailed))
 
     generated = [chunk for chunks in generated for chunk in chunks]
     generated = {name: torch.cat([chunk[name].cpu() for chunk in generated]) for name in generated[0]}
@@ -228,6 +248,8 @@ def measure_images(
     for task in dict.fromkeys(tasks.tolist()):
         measures[f"{task}_mae"] = measure("mae", (tasks == task) & has_target, False)
         measures[f"{task}_ssim"] = measure("ssim", (tasks == task) & has_target, True)
+        if detailed:
+            measures[f"{task}_psnr"] = measure("psnr", (tasks == task) & has_target, True)
         if segmenter is not None and task == "remove":
             measures["remove_residual_tumour"] = measure("residual_tumour", tasks == task, False)
         if segmenter is not None and task == "fill":
@@ -235,6 +257,9 @@ def measure_images(
                 counted = np.isin(modalities, segmenter.counted_contrasts(region))
                 counted &= generated[f"asks_{region}"].numpy()
                 measures[f"fill_dice_{region}"] = measure(f"dice_{region}", (tasks == task) & counted, True)
+                for kind, higher_is_better in (("hd95", False), ("surface_dice", True)) if detailed else ():
+                    applies = (tasks == task) & counted
+                    measures[f"fill_{kind}_{region}"] = measure(f"{kind}_{region}", applies, higher_is_better)
     measures["outside_changed_pixels"] = measure("changed_pixels", np.ones(len(tasks), bool), False)
     measures = {name: measure for name, measure in measures.items() if measure.applies.any()}
     return Heldout(images, np.tile(dataset["case_id"], repeats), tasks, measures, features, real_features)
