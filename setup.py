@@ -38,6 +38,7 @@ EXTRAS_REQUIRE = {
     "space": ["gradio[oauth]>=6.0"],
     "dicom": ["pydicom>=3.0", "highdicom>=0.23"],
     "itk": ["SimpleITK>=2.4"],
+    "opencv": ["opencv-python-headless>=4.10"],  # two baselines of the counterfactual benchmark
     "lpips": ["lpips>=0.1.4"],  # brings torchvision, hence outside of everything else
     "dev": [
         "pytest>=8.0",
