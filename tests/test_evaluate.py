@@ -81,6 +81,24 @@ def test_an_adapter_is_put_beside_the_base_and_a_constant_fill(run):
     assert results["measures"]["outside_changed_pixels"]["painters"]["tuned"]["value"] == 0
     assert json.loads((folder / "results.json").read_text()) == results
     assert results["environment"]["torch"] and results["settings"]["seeds"] == [0] and results["data"]["fingerprint"]
+    assert set(results["weights"]) == {"unet", "vae", "text_encoder"}
+
+
+def test_lpips_is_measured_where_it_is_installed_and_else_the_report_says_so(run, tmp_path, monkeypatch):
+    assert any("LPIPS was not measured" in limit for limit in run[2]["limits"])
+    calls = []
+
+    def distance(images, targets, masks=None):
+        calls.append(len(images))
+        return ((images - targets) * masks).abs().flatten(1).sum(1)
+
+    monkeypatch.setattr("onereward.evaluate.has_lpips", lambda: True)
+    monkeypatch.setattr("onereward.evaluate.load_lpips", lambda: distance)
+    results = run_evaluate(tmp_path, EvaluateSettings(pipeline=BASE, **QUICK))
+    assert sum(calls) > 0 and results["measures"]["fill_lpips"]["painters"]["base"]["value"] > 0
+    assert results["measures"]["fill_lpips"]["real"]["value"] == 0
+    assert not results["measures"]["fill_lpips"]["higher_is_better"]
+    assert not any("LPIPS" in limit for limit in results["limits"])
 
 
 def test_what_its_card_says_was_a_reward_is_no_result(run, adapter):

@@ -1,5 +1,7 @@
 """`onereward evaluate`: from the names of a pipeline, adapters and data to one page that a reviewer would accept."""
 
+import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -33,6 +35,7 @@ from onereward.evaluation.painters import (
     plain,
     read_shard,
 )
+from onereward.evaluation.perceptual import load_lpips
 from onereward.evaluation.reader_study import turing_test, win_rate
 from onereward.evaluation.segmenter import load_segmenter
 from onereward.hub.adapters import denoiser_of, load_adapter
@@ -166,6 +169,7 @@ def run_evaluate(
         folder,
         seeds=settings.seeds,
         segmenter=segmenter,
+        perceptual=load_lpips() if has_lpips() else None,
         was_reward=was_reward,
         resamples=settings.resamples,
         seed=settings.seed,
@@ -190,6 +194,7 @@ def run_evaluate(
         "title": f"Evaluation: {', '.join(painters)}",
         "settings": plain(asdict(settings)) | {"tuned on": tuned_on or "nothing that is known"},
         "baselines": [BASELINE],
+        "weights": weights_of(pipeline),
         "environment": current_environment(),
         "commit": source_commit(),
         "warnings": warnings,
@@ -282,14 +287,33 @@ def rewards_of(adapter: str) -> list[str]:
     return sorted({kind[1] for kind in kinds if kind[0] == "rewards" and len(kind) == 3})
 
 
+def has_lpips() -> bool:
+    """Whether the extra is installed."""
+    return importlib.util.find_spec("lpips") is not None
+
+
+def weights_of(pipeline) -> dict[str, str]:
+    """16 hexadecimal digits for the weights of each component, those of the adapters among the denoiser's."""
+    digests = {}
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module):
+            digest = hashlib.sha256()
+            for key, value in sorted(component.state_dict().items()):
+                digest.update(key.encode())
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digests[name] = digest.hexdigest()[:16]
+    return digests
+
+
 def limits_of(settings: EvaluateSettings, results: dict) -> list[str]:
     """What the figures do not say."""
     limits = [
         "A figure against the truth asks for that one picture; others may be as likely. A sharp picture lies further "
         "from it, pixel by pixel, than a smooth one (https://huggingface.co/papers/1711.06077).",
-        "LPIPS was not measured: it needs torchvision.",
         "Nothing here was looked at by a radiologist.",
     ]
+    if not has_lpips():
+        limits.append("LPIPS was not measured: it needs the extra `onereward[lpips]`, which brings torchvision.")
     if results["data"]["cases"] < 20:
         limits.append(f"{results['data']['cases']} cases are few: the intervals are rough.")
     if settings.data == "phantom":
@@ -348,7 +372,8 @@ def compare_clinical_features(
     that the judge finds, or without a judge the intensities inside the mask. Also the tables, for the plots.
     """
     task = "fill" if "fill" in results["data"]["tasks"] else results["data"]["tasks"][0]
-    chosen = np.array([i for i in with_target(rows) if rows[int(i)]["task"] == task][:most])
+    tasks = rows["task"]
+    chosen = np.array([i for i in with_target(rows) if tasks[int(i)] == task][:most])
     if len(set(rows.select(chosen)["case_id"])) < 4:
         return {}, {}
     seed = results["data"]["seeds"][0]
@@ -409,12 +434,13 @@ def read_study(votes: str, results: dict) -> dict:
 
 
 def check_all_memorisation(
-    folder: Path, rows: datasets.Dataset, train_rows: datasets.Dataset, results: dict, extractor
+    folder: Path, rows: datasets.Dataset, train_rows: datasets.Dataset, results: dict, extractor, most: int = 2000
 ) -> dict:
-    """Whether a painter copies what it was trained on."""
+    """Whether a painter copies what it was trained on, from its first `most` pictures."""
     chosen, seed = with_target(rows), results["data"]["seeds"][0]
     known = set(train_rows["case_id"])
-    chosen = np.array([i for i in chosen if rows[int(i)]["case_id"] not in known])
+    cases = rows["case_id"]
+    chosen = np.array([i for i in chosen if cases[int(i)] not in known])[:most]
     if len(chosen) == 0:
         raise ValueError("All cases of `data` are in `train_data`; nothing is held out to compare with.")
 
@@ -475,7 +501,8 @@ def make_pictures(
 def nearest_pairs(folder: Path, rows, train_rows, results: dict, painter: str, labels) -> bytes:
     """The pictures of a painter that come nearest to a training picture, beside it."""
     known = set(train_rows["case_id"])
-    chosen = [int(i) for i in with_target(rows) if rows[int(i)]["case_id"] not in known]
+    cases = rows["case_id"]
+    chosen = [int(i) for i in with_target(rows) if cases[int(i)] not in known]
     train = with_target(train_rows)
     pairs = results["memorisation"][painter]["spaces"]["pixels"]["closest"][:4]
     shown, seed = [chosen[pair["generated"]] for pair in pairs], results["data"]["seeds"][0]

@@ -1,5 +1,9 @@
 """What `evaluate_painters` promises: known answers, no false alarms, the same pictures again, and flat memory."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -302,3 +306,35 @@ def test_the_base_with_other_seeds_is_no_difference_in_95_of_100_and_grain_is_fo
     print(f"no difference in {quiet} of 100, grain found in {worse} of 100")
     assert quiet >= 95
     assert worse >= 95
+
+
+@pytest.mark.slow
+def test_a_thousand_pairs_take_under_a_minute_and_memory_stays_flat(segmenter, tmp_path):
+    """In a process of its own, with two threads: painting the truth costs nothing, so that measuring is timed."""
+    script = tmp_path / "measure.py"
+    script.write_text(
+        "import json, resource, sys, time, torch\n"
+        "torch.set_num_threads(2)\n"
+        "from onereward.data.phantom import load_phantom\n"
+        "from onereward.data.schema import rows_to_tensors\n"
+        "from onereward.evaluation.painters import evaluate_painters\n"
+        "from onereward.evaluation.segmenter import load_segmenter\n"
+        "folder, times = sys.argv[1], int(sys.argv[2])\n"
+        "rows = load_phantom(84, split='test')\n"
+        "def identity(rows, seeds):\n"
+        "    return rows_to_tensors(list(rows))['targets']\n"
+        "started = time.monotonic()\n"
+        "evaluate_painters({'a': identity}, rows, folder, seeds=range(times), segmenter=load_segmenter())\n"
+        "seconds, memory = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20\n"
+        "print(json.dumps({'pairs': times * len(rows), 'seconds': seconds, 'GiB': memory}))\n"
+    )
+    found = []
+    for times in (1, 4):
+        command = [sys.executable, str(script), str(tmp_path / str(times)), str(times)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        found.append(json.loads(result.stdout.splitlines()[-1]))
+    print(found)
+    one, four = found
+    assert one["pairs"] >= 1000 and one["seconds"] < 60
+    assert four["GiB"] < min(2, one["GiB"] + 0.1)

@@ -17,6 +17,7 @@ asks for it, in the contrasts where the judge finds it on real slices.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -147,7 +148,12 @@ def generate_images(
 
 
 def _figures(
-    images: torch.Tensor, tensors: dict, modalities: list[str], segmenter: Segmenter | None, detailed: bool
+    images: torch.Tensor,
+    tensors: dict,
+    modalities: list[str],
+    segmenter: Segmenter | None,
+    detailed: bool,
+    perceptual: Callable | None,
 ) -> dict:
     """Every figure of each image `(B,)`, and the judge's features `(B, d)`, whatever the task."""
     sources, targets = (tensors[name].expand_as(images) for name in ("images", "targets"))
@@ -160,6 +166,8 @@ def _figures(
     }
     if detailed:
         figures["psnr"] = masked_psnr(images, targets, masks)
+    if perceptual is not None:
+        figures["lpips"] = perceptual(images, targets, masks)
     if segmenter is not None:
         found = segmenter.segment(images, modalities)
         figures["residual_tumour"] = ((found > 0) & inside).flatten(1).sum(1) / inside.flatten(1).sum(1)
@@ -184,6 +192,7 @@ def measure_images(
     segmenter: Segmenter | None = None,
     batch_size: int = 128,
     detailed: bool = False,
+    perceptual: Callable | None = None,
 ) -> Heldout:
     """
     Measures generated images against the rows that they were made for.
@@ -203,6 +212,9 @@ def measure_images(
             region `fill_hd95_{region}` in pixels and `fill_surface_dice_{region}` within 1 pixel
             ([`~onereward.evaluation.surface.surface_measures`]); a region that the judge does not find has no hd95,
             and fails.
+        perceptual (`Callable`, *optional*):
+            Distance `(images, targets, masks) -> (B,)` to measure as `{task}_lpips`, from
+            [`~onereward.evaluation.perceptual.load_lpips`].
 
     Returns:
         [`Heldout`]
@@ -224,11 +236,11 @@ def measure_images(
         tensors = rows_to_tensors([{**row, "target": row["target"] or row["image"]} for row in rows])
         modalities = [row["modality"] for row in rows]
         truth = tensors["targets"].expand(-1, images.shape[1], -1, -1)
-        real.append(_figures(truth, tensors, modalities, segmenter, detailed))
+        real.append(_figures(truth, tensors, modalities, segmenter, detailed, perceptual))
         for repeat in range(repeats):
             first = repeat * len(dataset) + start
             chunk = images[first : first + len(rows)]
-            generated[repeat].append(_figures(chunk, tensors, modalities, segmenter, detailed))
+            generated[repeat].append(_figures(chunk, tensors, modalities, segmenter, detailed, perceptual))
 
     generated = [chunk for chunks in generated for chunk in chunks]
     generated = {name: torch.cat([chunk[name].cpu() for chunk in generated]) for name in generated[0]}
@@ -250,6 +262,8 @@ def measure_images(
         measures[f"{task}_ssim"] = measure("ssim", (tasks == task) & has_target, True)
         if detailed:
             measures[f"{task}_psnr"] = measure("psnr", (tasks == task) & has_target, True)
+        if perceptual is not None:
+            measures[f"{task}_lpips"] = measure("lpips", (tasks == task) & has_target, False)
         if segmenter is not None and task == "remove":
             measures["remove_residual_tumour"] = measure("residual_tumour", tasks == task, False)
         if segmenter is not None and task == "fill":

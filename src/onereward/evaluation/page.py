@@ -20,6 +20,7 @@ DEFINITIONS = {
     "mae": "mean absolute error against the truth inside the mask, for intensities in [0, 1]",
     "psnr": "peak signal-to-noise ratio inside the mask in dB, for intensities in [0, 1]",
     "ssim": "structural similarity to the truth, averaged over the mask, in its real surroundings",
+    "lpips": "LPIPS (https://huggingface.co/papers/1801.03924), averaged over the mask, in its real surroundings",
     "hd95": "95th percentile of the distances between the border that the judge finds and that asked for, in pixels",
     "surface_dice": "share of both borders that lie within 1 pixel of each other",
     "dice": "overlap of what the held-out judge finds with what the label map asked for",
@@ -89,8 +90,8 @@ def write_page(path: str | os.PathLike, results: dict, pictures: dict[str, bytes
             The file; it appears whole or not at all.
         results (`dict`):
             What [`~onereward.evaluation.painters.evaluate_painters`] returned, and what was added to it: `title`,
-            `settings`, `baselines`, `environment`, `commit`, `warnings`, `limits`, and where they were measured
-            `distributions`, `memorisation` and `clinical_features`.
+            `settings`, `baselines`, `weights`, `environment`, `commit`, `warnings`, `limits`, and where they were
+            measured `distributions`, `memorisation`, `clinical_features` and `reader_study`.
         pictures (`dict[str, bytes]`):
             Title -> PNG file, in the order wanted.
 
@@ -324,6 +325,8 @@ seeds {{ data.seeds | join(", ") }}</dd>
 <dt>versions</dt>
 <dd>{% for name, version in environment.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}
 {% if commit %}; commit {{ commit }}{% endif %}</dd>
+<dt>weights</dt>
+<dd>{% for name, digest in weights.items() %}{{ name }} {{ digest }}{{ ", " if not loop.last }}{% endfor %}</dd>
 </dl>
 <h2>Limits</h2>
 <ul>

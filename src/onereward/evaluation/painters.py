@@ -154,7 +154,12 @@ def read_shard(folder: Path, seed: int, start: int) -> torch.Tensor:
 
 
 def measure_all(
-    folder: Path, dataset: datasets.Dataset, seeds: Sequence[int], segmenter: Segmenter | None, description: str
+    folder: Path,
+    dataset: datasets.Dataset,
+    seeds: Sequence[int],
+    segmenter: Segmenter | None,
+    description: str,
+    perceptual: Callable | None = None,
 ) -> Heldout:
     """
     The measures of [`~onereward.evaluation.heldout.measure_images`] of all pictures of a painter, which stay on the
@@ -166,7 +171,8 @@ def measure_all(
             for start in range(0, len(dataset), SHARD):
                 rows = dataset.select(range(start, min(start + SHARD, len(dataset))))
                 images = read_shard(folder, seed, start)
-                parts.append(measure_images(images, rows, segmenter=segmenter, detailed=True))
+                judges = {"segmenter": segmenter, "perceptual": perceptual}
+                parts.append(measure_images(images, rows, detailed=True, **judges))
                 progress.update(len(rows))
     return _join(parts)
 
@@ -286,6 +292,7 @@ def evaluate_painters(
     *,
     seeds: Sequence[int] = (0,),
     segmenter: Segmenter | None = None,
+    perceptual: Callable | None = None,
     was_reward: Sequence[str] = (),
     resamples: int = 2000,
     seed: int = 0,
@@ -304,6 +311,8 @@ def evaluate_painters(
             One picture of each row is painted for each.
         segmenter ([`Segmenter`], *optional*):
             The judge; leave it out for images of another kind or size than it was trained on.
+        perceptual (`Callable`, *optional*):
+            Distance of pictures to measure, too, such as [`~onereward.evaluation.perceptual.load_lpips`].
         was_reward (`Sequence[str]`, *optional*):
             Measures that were a reward of one of the painters, or how their names begin or end. They are kept apart:
             they are no result.
@@ -340,7 +349,8 @@ def evaluate_painters(
     found: dict[str, Heldout] = {}
     for name, painter in painters.items():
         paint_all(painter, dataset, folder / "images" / name, seeds, f"{name}: painting")
-        found[name] = measure_all(folder / "images" / name, dataset, seeds, segmenter, f"{name}: measuring")
+        pictures = folder / "images" / name
+        found[name] = measure_all(pictures, dataset, seeds, segmenter, f"{name}: measuring", perceptual)
 
     first = next(iter(painters))
     reference = found[first]
