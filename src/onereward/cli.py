@@ -248,6 +248,31 @@ def evaluate(
     typer.echo(f"Wrote {output / 'report.html'}. Research use only, not for clinical use.")
 
 
+@app.command()
+def brats2023(
+    predictions: Annotated[Path, typer.Argument(help="Folder with {case}-t1n-inference.nii.gz.")],
+    data: Annotated[Path, typer.Argument(help="Training data of the challenge, a folder a case.")],
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Measure BraTS local synthesis: the official figures of 2023, and an honest reading beside them."""
+    import json
+
+    from onereward.evaluation.brats2023 import measure_folders
+    from onereward.evaluation.painters import plain
+
+    found = plain(measure_folders(predictions, data))
+    for mode in ("brats2023", "composite"):
+        typer.echo(f"{mode}: {len(found['cases'])} cases, 95 % intervals by patient")
+        for name, figure in found[mode].items():
+            interval = "" if figure["low"] is None else f" [{figure['low']:.4g}, {figure['high']:.4g}]"
+            value = "undefined" if figure["value"] is None else f"{figure['value']:.4g}"
+            typer.echo(f"  {name:12} {value}{interval}, {figure['n_failed']} failed")
+    if output is not None:
+        with whole_file(output) as partial:
+            partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    typer.echo("Research use only, not for clinical use.")
+
+
 @preferences.command()
 def report(
     votes: Annotated[Path, typer.Argument(help="Parquet file of votes.")],

@@ -1,13 +1,17 @@
 """The official figures are the challenge's to the last digit, and the composite ones see what those hide."""
 
+import json
 import sys
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from typer.testing import CliRunner
 
-from onereward.evaluation.brats2023 import brats2023_measures, composite_measures, local_synthesis
+from onereward.cli import app
+from onereward.evaluation.brats2023 import brats2023_measures, composite_measures, local_synthesis, measure_folders
 from onereward.evaluation.metrics import masked_ssim
 from onereward.evaluation.windows import percentile_bounds, scale_to_bounds
 
@@ -164,3 +168,56 @@ def test_volumes_that_do_not_fit_are_refused():
         brats2023_measures(*(volume[..., :5] for volume in (prediction, target, voided, mask)))
     with pytest.raises(ValueError, match="smaller than the 11 pixel window"):
         composite_measures(*(volume[..., :7] for volume in (prediction, target, voided, mask)))
+
+
+# ------------------------------------------------------------------------------------------- files of the challenge
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three cases of two patients on the disk, as the challenge names them."""
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    cases = ["BraTS-GLI-00001-000", "BraTS-GLI-00001-001", "BraTS-GLI-00007-000"]
+    for i, case in enumerate(cases):
+        (tmp_path / "data" / case).mkdir(parents=True)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        places = ["out", f"data/{case}", f"data/{case}", f"data/{case}"]
+        names = ["t1n-inference", "t1n", "t1n-voided", "mask-healthy"]
+        for place, name, volume in zip(places, names, volumes(), strict=True):
+            array = volume[i, 0].numpy().astype(np.float32)
+            nib.save(nib.Nifti1Image(array, affine), tmp_path / place / f"{case}-{name}.nii.gz")
+    return tmp_path
+
+
+def test_folders_of_the_challenge_are_measured_case_by_case(folders):
+    found = measure_folders(folders / "out", folders / "data", resamples=200)
+    assert found["cases"] == ["BraTS-GLI-00001-000", "BraTS-GLI-00001-001", "BraTS-GLI-00007-000"]
+    for mode, figures in local_synthesis(*volumes()).items():
+        for name, values in figures.items():
+            entry, defined = found[mode][name], values[values.isfinite()]
+            assert entry.value == pytest.approx(defined.mean().item(), rel=1e-5)
+            assert entry.n + entry.n_failed == 3
+    assert "few cases" in found["brats2023"]["ssim"].note  # two patients
+
+
+def test_the_command_prints_both_readings_and_writes_json(folders):
+    command = ["brats2023", str(folders / "out"), str(folders / "data"), "--output", str(folders / "figures.json")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "brats2023" in result.output and "composite" in result.output and "not for clinical use" in result.output
+    written = json.loads((folders / "figures.json").read_text())
+    assert written["composite"]["ssim"]["n"] == 3 and len(written["brats2023"]) == 9
+
+
+def test_a_missing_file_and_a_volume_elsewhere_are_named(folders):
+    case = "BraTS-GLI-00007-000"
+    moved = folders / "out" / f"{case}-t1n-inference.nii.gz"
+    image = nib.load(moved)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), np.eye(4)), moved)
+    with pytest.raises(ValueError, match=f"{case}-t1n-inference.nii.gz is .* lies elsewhere than {case}-t1n.nii.gz"):
+        measure_folders(folders / "out", folders / "data")
+    (folders / "data" / case / f"{case}-mask-healthy.nii.gz").unlink()
+    with pytest.raises(ValueError, match="lacks .*mask-healthy"):
+        measure_folders(folders / "out", folders / "data")
+    with pytest.raises(ValueError, match="holds no file named"):
+        measure_folders(folders / "data", folders / "data")

@@ -8,11 +8,17 @@ with the region in its real surroundings, a 3-D window and a fixed range. Report
 `local_synthesis`.
 """
 
+import os
 import sys
+from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
 
+from onereward.evaluation.bootstrap import measured_mean
 from onereward.evaluation.metrics import (
     check_pair,
     gaussian_window,
@@ -26,6 +32,7 @@ from onereward.evaluation.windows import percentile_bounds, scale_to_bounds
 
 
 RADIUS = 5  # of the 11 voxel window
+PREDICTION = "-t1n-inference.nii.gz"
 OFFICIAL = ("ssim", "mse", "rmse", "mae", "msle", "psnr", "psnr_eps", "psnr_01", "psnr_01_eps")
 
 
@@ -208,3 +215,58 @@ def _box(inside: torch.Tensor) -> tuple[slice, ...]:
         return (slice(None),) * 5
     ends = [(axis.min().item(), axis.max().item() + 1) for axis in inside.nonzero().unbind(1)]
     return (slice(None), slice(None), *(slice(max(a - 2 * RADIUS, 0), b + 2 * RADIUS) for a, b in ends))
+
+
+def measure_folders(predictions: str | os.PathLike, data: str | os.PathLike, resamples: int = 2000) -> dict:
+    """
+    The figures of a folder of predictions, case by case, as the challenge names its files.
+
+    Args:
+        predictions (`str` or `os.PathLike`):
+            Folder with `{case}-t1n-inference.nii.gz`, anywhere below it.
+        data (`str` or `os.PathLike`):
+            The challenge's training data: for each case a folder `{case}` with `{case}-t1n.nii.gz`,
+            `{case}-t1n-voided.nii.gz` and `{case}-mask-healthy.nii.gz`.
+        resamples (`int`, *optional*, defaults to 2000):
+            Resamples of the intervals by patient; the time points of one patient, `BraTS-GLI-00000-000` and `-001`,
+            are drawn together.
+
+    Returns:
+        `dict`: `cases`, their names; and `brats2023` and `composite`, each measure -> [`Measured`].
+
+    Raises:
+        `ValueError`: when there is no prediction, a file of a case is missing, or a volume does not lie where the
+            case's `t1n` does.
+    """
+    files = sorted(Path(predictions).rglob(f"*{PREDICTION}"))
+    if not files:
+        raise ValueError(f"`predictions` {str(predictions)!r} holds no file named `{{case}}{PREDICTION}`.")
+    cases, rows = [], {"brats2023": [], "composite": []}
+    for file in tqdm(files, desc="Measuring", unit="case"):
+        case = file.name.removesuffix(PREDICTION)
+        paths = {name: Path(data, case, f"{case}-{name}.nii.gz") for name in ("t1n", "t1n-voided", "mask-healthy")}
+        missing = [str(path) for path in paths.values() if not path.is_file()]
+        if missing:
+            raise ValueError(f"`data` lacks {missing} for the prediction {file.name}.")
+        real = nib.load(paths["t1n"])
+        volumes = []
+        for path in (file, paths["t1n"], paths["t1n-voided"], paths["mask-healthy"]):
+            image = nib.load(path)
+            if image.shape != real.shape or not np.allclose(image.affine, real.affine, atol=1e-3):
+                raise ValueError(
+                    f"{path.name} is {image.shape} and lies elsewhere than {paths['t1n'].name}, {real.shape}; bring "
+                    "it to the case's own grid first."
+                )
+            volumes.append(torch.from_numpy(image.get_fdata(dtype=np.float32))[None, None])
+        for mode, figures in local_synthesis(*volumes).items():
+            rows[mode].append({name: value.item() for name, value in figures.items()})
+        cases.append(case)
+    patients = [case.rpartition("-")[0] or case for case in cases]
+    measured = {
+        mode: {
+            name: measured_mean(np.array([figures[name] for figures in of_mode]), patients, resamples=resamples)
+            for name in of_mode[0]
+        }
+        for mode, of_mode in rows.items()
+    }
+    return {"cases": cases, **measured}
