@@ -199,14 +199,32 @@ def test_a_run_goes_on_and_other_settings_are_refused(run, monkeypatch):
 
 def test_two_adapters_are_compared_with_each_other_and_restart_begins_anew(adapter, tmp_path):
     settings = EvaluateSettings(pipeline=BASE, adapters=(str(adapter), str(adapter)), **QUICK)
-    (tmp_path / "settings.json").write_text("{}")
+    before = dataclasses.asdict(dataclasses.replace(settings, num_cases=9))
+    (tmp_path / "settings.json").write_text(json.dumps(before))
     (tmp_path / "old").write_text("")
+    with pytest.raises(ValueError, match=r"other settings \(num_cases\)"):
+        run_evaluate(tmp_path, settings)
     results = run_evaluate(tmp_path, settings, restart=True)
     assert not (tmp_path / "old").exists()
     assert list(results["painters"]) == ["tuned", "tuned-2", "constant fill"]
     for entry in results["measures"].values():
         assert entry["differences"]["tuned-2"]["difference"]["value"] == 0
         assert entry["differences"]["tuned-2"]["verdict"] == "no difference"
+
+
+def test_a_folder_that_holds_something_else_is_neither_deleted_nor_written_to(tmp_path):
+    (tmp_path / "settings.json").write_text('{"editor": "vim"}')
+    for restart in (False, True):
+        with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
+            run_evaluate(tmp_path, EvaluateSettings(pipeline=BASE, **QUICK), restart=restart)
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_no_path_gets_out(run, adapter):
+    folder, settings, results = run
+    assert results["settings"]["pipeline"] == "onereward-brats" and results["settings"]["adapters"] == ["tuned"]
+    for file in ("results.json", "report.html"):
+        assert str(adapter.parent) not in (folder / file).read_text()
 
 
 def test_the_figures_go_into_the_card(run, adapter, tmp_path):

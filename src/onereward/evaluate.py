@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import datasets
@@ -142,7 +142,7 @@ def run_evaluate(
             does not fit the pipeline.
     """
     folder = Path(output_dir)
-    if restart and (folder / "settings.json").exists():
+    if restart and _settings_in(folder):
         shutil.rmtree(folder)
     if len(settings.adapters) > 2:
         raise ValueError(f"`adapters` names {len(settings.adapters)}; expected at most two, which are compared.")
@@ -192,7 +192,7 @@ def run_evaluate(
         results["memorisation"] = check_all_memorisation(folder, rows, train_rows, results, extractor)
     results |= {
         "title": f"Evaluation: {', '.join(painters)}",
-        "settings": plain(asdict(settings)) | {"tuned on": tuned_on or "nothing that is known"},
+        "settings": _without_paths(settings) | {"tuned on": tuned_on or "nothing that is known"},
         "baselines": [BASELINE],
         "weights": weights_of(pipeline),
         "environment": current_environment(),
@@ -558,13 +558,32 @@ def write_model_index(adapter: str | os.PathLike, painter: str, results: dict) -
     save_card(card, adapter)
 
 
+def _without_paths(settings: EvaluateSettings) -> dict:
+    """The settings, of local files and folders the last name alone: the rest of a path may tell of people."""
+
+    def last_name(value):
+        if isinstance(value, (list, tuple)):
+            return [last_name(entry) for entry in value]
+        return Path(value).name if isinstance(value, str) and Path(value).exists() else value
+
+    return {name: last_name(value) for name, value in plain(asdict(settings)).items()}
+
+
+def _settings_in(folder: Path) -> dict | None:
+    """The settings of the evaluation that a folder holds, `None` where it holds none."""
+    path = folder / "settings.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    ours = isinstance(found, dict) and set(found) == {field.name for field in fields(EvaluateSettings)}
+    return found if ours else None
+
+
 def _check_settings(folder: Path, settings: EvaluateSettings) -> None:
-    path, wanted = folder / "settings.json", plain(asdict(settings))
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in wanted if before.get(name) != wanted[name]]
-        if changed:
-            raise ValueError(
-                f"{str(folder)!r} holds an evaluation with other settings ({', '.join(changed)}). Start over with "
-                "--restart, which deletes it, or write elsewhere with --output."
-            )
+    before, wanted = _settings_in(folder), plain(asdict(settings))
+    changed = [name for name in wanted if before is not None and before[name] != wanted[name]]
+    if changed:
+        raise ValueError(
+            f"{str(folder)!r} holds an evaluation with other settings ({', '.join(changed)}). Start over with "
+            "--restart, which deletes it, or write elsewhere with --output."
+        )
+    if before is None and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} is not empty and holds no evaluation. Name another folder with --output.")

@@ -306,7 +306,8 @@ def evaluate_painters(
         dataset (`datasets.Dataset`):
             Rows of the schema that nobody was tuned on, of one size and mode.
         output_dir (`str` or `Path`):
-            Where the pictures and `results.json` go.
+            Where the pictures and `results.json` go. Pictures are known by the painter's name: another painter of the
+            same name needs another folder.
         seeds (`Sequence[int]`, *optional*, defaults to `(0,)`):
             One picture of each row is painted for each.
         segmenter ([`Segmenter`], *optional*):
