@@ -207,7 +207,7 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/evaluation"),
     num_seeds: Annotated[int, typer.Option(help="Pictures of each row.", min=1)] = 1,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 20,
-    guidance: Annotated[float, typer.Option(help="Weight of guidance; 1 is off.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Weight of guidance; 1 is off.")] = 2.0,
     reward: Annotated[
         list[str] | None, typer.Option(help="What it was tuned on, beside what its card says. May be repeated.")
     ] = None,

@@ -88,8 +88,8 @@ class EvaluateSettings:
             A picture of each row is painted for each.
         num_inference_steps (`int`, *optional*, defaults to 20):
             Denoising steps.
-        guidance_scale (`float`, *optional*, defaults to 1.0):
-            Weight of classifier-free guidance.
+        guidance_scale (`float`, *optional*, defaults to 2.0):
+            Weight of classifier-free guidance, as `onereward generate` has it.
         rewards (`tuple[str, ...]`, *optional*, defaults to `()`):
             What the adapters were tuned on, beside what their cards say. Measures of the same kind are no result.
         resamples (`int`, *optional*, defaults to 2000):
@@ -111,7 +111,7 @@ class EvaluateSettings:
     mask_threshold: int | None = None
     seeds: tuple[int, ...] = (0,)
     num_inference_steps: int = 20
-    guidance_scale: float = 1.0
+    guidance_scale: float = 2.0
     rewards: tuple[str, ...] = ()
     resamples: int = 2000
     seed: int = 0

@@ -172,6 +172,7 @@ _PAGE = """\
              background: #777; }
   .better, .holds, .honest { background: #00795a; } .worse, .fails, .copies { background: #b34700; }
   img { max-width: 100%; height: auto; }
+  p, li { overflow-wrap: anywhere; }
   dt { font-weight: 600; } dd { margin: 0 0 0.4rem 1rem; overflow-wrap: anywhere; }
 </style>
 </head>
@@ -202,7 +203,7 @@ picture{{ "s" if data.seeds | length > 1 }} of each. Written by onereward {{ one
 corrected for all measures of the comparison (Holm).</p>
 
 <h2>In short</h2>
-<table>
+<div class="scroll"><table>
 <tr><th></th>{% if names | length > 1 %}<th>Better than {{ reference }}</th><th>Worse</th>{% endif %}
 <th>Paints what the label map asks for</th>{% if memorisation %}<th>Copies its training set</th>{% endif %}</tr>
 {% for name in names %}
@@ -220,7 +221,7 @@ corrected for all measures of the comparison (Holm).</p>
 {{- painters[name].adherence }}</span>{% else %}not measured{% endif %}</td>
 {% if memorisation %}<td>{{ memorisation[name].verdict if name in memorisation else "–" }}</td>{% endif %}</tr>
 {% endfor %}
-</table>
+</table></div>
 {% if warnings %}
 <div class="warnings" role="note">
 <ul>
