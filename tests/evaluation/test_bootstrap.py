@@ -1,8 +1,17 @@
 """Intervals resample cases: they cover the truth as often as they say, also when the rows of a case are alike."""
 
 import numpy as np
+import pytest
 
-from onereward.evaluation.bootstrap import percentile_interval, resample_cases, weighted_mean
+from onereward.evaluation.bootstrap import (
+    measured_difference,
+    measured_mean,
+    measured_ratio,
+    paired_difference,
+    percentile_interval,
+    resample_cases,
+    weighted_mean,
+)
 
 
 def clustered_sample(rng, cases=40, rows=4):
@@ -59,3 +68,25 @@ def test_weighted_mean_is_the_mean_of_the_repeated_rows_and_nan_without_any():
 def test_interval_leaves_out_undefined_resamples():
     assert percentile_interval(np.array([np.nan, 2.0, np.nan, 2.0])) == (2.0, 2.0)
     assert np.isnan(percentile_interval(np.array([np.nan, np.nan]))).all()
+
+
+def test_what_is_not_finite_is_counted_and_left_out():
+    values, cases = np.array([1.0, 3.0, np.nan, np.inf, 5.0]), ["a", "b", "b", "c", "d"]
+    found = measured_mean(values, cases, applies=np.array([True, True, True, True, False]))
+    assert (found.value, found.n, found.n_failed) == (2.0, 2, 2) and "few cases" in found.note
+    assert measured_mean(values[2:4], cases[2:4]).note == "it is not defined for any of them"
+    assert measured_mean(values, cases, applies=np.zeros(5, bool)).note == "there is nothing to measure it on"
+    assert measured_mean(values[:1], cases[:1]).note == "no interval: a single case"
+
+
+def test_two_infinite_figures_do_not_differ_by_nothing():
+    found = measured_difference([np.inf, 1.0, 2.0], [np.inf, 2.0, 2.5], ["a", "b", "c"])
+    assert (found.value, found.n, found.n_failed) == (0.75, 2, 1)
+    assert np.isnan(paired_difference([np.inf], [np.inf])).all()
+
+
+def test_a_ratio_has_the_interval_of_paired_draws():
+    rng = np.random.default_rng(0)
+    references = rng.uniform(0.5, 1, 60)
+    found = measured_ratio(0.8 * references, references, [str(i) for i in range(60)])
+    assert found.value == pytest.approx(0.8) and found.high - found.low < 1e-9

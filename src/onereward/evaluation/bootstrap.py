@@ -160,7 +160,8 @@ def measured_ratio(
 def _measured(statistic: Callable, weights: np.ndarray, case_ids: np.ndarray, n_failed: int) -> Measured:
     number, cases = weights.shape[1], len(np.unique(case_ids))
     if number == 0:
-        return Measured(np.nan, np.nan, np.nan, 0, int(n_failed), "there is nothing to measure it on")
+        note = "it is not defined for any of them" if n_failed else "there is nothing to measure it on"
+        return Measured(np.nan, np.nan, np.nan, 0, int(n_failed), note)
     value = float(statistic(np.ones((1, number)))[0])
     low, high = percentile_interval(statistic(weights)) if cases > 1 else (np.nan, np.nan)
     note = "no interval: a single case" if cases == 1 else "a rough interval: few cases" if cases < 20 else ""
