@@ -51,6 +51,8 @@ def resample_cases(case_ids: list[str], resamples: int = 2000, seed: int = 0) ->
     Returns:
         `np.ndarray` of shape `(resamples, len(case_ids))` in float64.
     """
+    if len(case_ids) == 0:
+        return np.zeros((resamples, 0))
     cases, case_of_row = np.unique(case_ids, return_inverse=True)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(cases), np.full(len(cases), 1 / len(cases)), size=resamples)
