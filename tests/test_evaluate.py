@@ -26,9 +26,10 @@ from onereward.evaluate import (
     write_model_index,
 )
 from onereward.evaluation.baselines import nearest_patient, reference_slices
+from onereward.evaluation.bootstrap import plain
 from onereward.evaluation.features import Phantom64
 from onereward.evaluation.page import write_page
-from onereward.evaluation.painters import evaluate_painters, plain
+from onereward.evaluation.painters import evaluate_painters
 from onereward.hub.adapters import save_adapter
 from onereward.hub.cards import adapter_card, save_card
 from onereward.preferences import VOTE_FEATURES, save_votes

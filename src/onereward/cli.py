@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from onereward import __version__
-from onereward.data.whole_file import whole_file
+from onereward.data.whole_file import whole_file, write_json
 
 
 # Heavy imports stay inside the commands, so that `onereward --help` answers at once.
@@ -255,10 +255,8 @@ def brats2023(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Measure BraTS local synthesis: the official figures of 2023, and an honest reading beside them."""
-    import json
-
+    from onereward.evaluation.bootstrap import plain
     from onereward.evaluation.brats2023 import measure_folders
-    from onereward.evaluation.painters import plain
 
     found = plain(measure_folders(predictions, data))
     for mode in ("brats2023", "composite"):
@@ -268,8 +266,7 @@ def brats2023(
             value = "undefined" if figure["value"] is None else f"{figure['value']:.4g}"
             typer.echo(f"  {name:12} {value}{interval}, {figure['n_failed']} failed")
     if output is not None:
-        with whole_file(output) as partial:
-            partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_json(output, found)
     typer.echo("Research use only, not for clinical use.")
 
 

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from onereward.data.phantom import load_phantom
 from onereward.data.schema import rows_to_tensors, split_by_case
-from onereward.data.whole_file import whole_file
+from onereward.data.whole_file import whole_file, write_json
 from onereward.evaluation.figures import before_after_figure, reward_curve_figure
 from onereward.evaluation.heldout import compare, evaluate_pipeline
 from onereward.evaluation.segmenter import load_segmenter
@@ -116,7 +116,7 @@ def run_demo(output_dir: str | os.PathLike, settings: DemoSettings, restart: boo
         state["results"][name] = run(folder, settings, *args)
         gc.collect()
         state["seconds"][name] = round(time.perf_counter() - start, 1)
-        _write_json(folder / "state.json", state)
+        write_json(folder / "state.json", state)
 
     console.print(f"OneReward demo, in {folder}. {DISCLAIMER}")
     stage("data", "Conditions to vote on, to train on, and unseen ones to judge by.", prepare_data)
@@ -359,7 +359,7 @@ def write_report(folder: Path, settings: DemoSettings, state: dict) -> None:
         "environment": current_environment(),
         "commit": source_commit(),
     }
-    _write_json(folder / "report.json", report)
+    write_json(folder / "report.json", report)
     _write_text(folder / "report.md", report_text(report))
 
     (folder / "adapter" / "images").mkdir(exist_ok=True)
@@ -509,12 +509,8 @@ def _read_state(folder: Path, settings: DemoSettings) -> dict:
         return state
     folder.mkdir(parents=True, exist_ok=True)
     state = {"settings": asdict(settings), "seconds": {}, "results": {}}
-    _write_json(path, state)
+    write_json(path, state)
     return state
-
-
-def _write_json(path: Path, value: dict) -> None:
-    _write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from tqdm.auto import tqdm
 from onereward.data.folder import load_folder
 from onereward.data.load import load_rows
 from onereward.data.schema import rows_to_tensors
-from onereward.data.whole_file import whole_file
+from onereward.data.whole_file import write_json
 from onereward.evaluation.baselines import constant_fill
+from onereward.evaluation.bootstrap import plain
 from onereward.evaluation.clinical_features import compare_features, feature_figure, feature_table, label_regions
 from onereward.evaluation.distributions import compare_distributions
 from onereward.evaluation.features import Phantom64, TransformersFeatures, collect_features
@@ -29,10 +31,11 @@ from onereward.evaluation.page import differences_plot, worst_rows, write_page
 from onereward.evaluation.painters import (
     SHARD,
     Painter,
-    evaluate_painters,
-    measure_all,
+    describe,
+    paint_and_measure,
     pipeline_painter,
-    plain,
+    put_side_by_side,
+    read_picture,
     read_shard,
 )
 from onereward.evaluation.perceptual import load_lpips
@@ -151,8 +154,7 @@ def run_evaluate(
     pipeline = OneRewardMaskPipeline.from_pretrained(settings.pipeline)
     rows = read_rows(settings.data, settings.split, settings, pipeline)
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "settings.json") as partial:
-        partial.write_text(json.dumps(plain(asdict(settings)), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "settings.json", plain(asdict(settings)))
     painters, names = make_painters(pipeline, settings)
     segmenter, warnings = judge_for(rows), []
     if segmenter is None:
@@ -163,17 +165,11 @@ def run_evaluate(
     tuned_on = sorted({*settings.rewards, *(reward for name in names.values() for reward in rewards_of(name))})
     was_reward = [measure for reward in tuned_on for measure in MEASURED_TOO.get(reward, (reward,))]
 
-    results = evaluate_painters(
-        painters,
-        rows,
-        folder,
-        seeds=settings.seeds,
-        segmenter=segmenter,
-        perceptual=load_lpips() if has_lpips() else None,
-        was_reward=was_reward,
-        resamples=settings.resamples,
-        seed=settings.seed,
-    )
+    perceptual = load_lpips() if has_lpips() else None
+    data, started = describe(rows, settings.seeds), time.monotonic()
+    found = paint_and_measure(painters, rows, folder, data, segmenter, perceptual)
+    results = put_side_by_side(found, data, was_reward, settings.resamples, settings.seed)
+    results["seconds"] = round(time.monotonic() - started, 1)
     beaten = [name for name, entry in results["measures"].items() if _verdict(entry, BASELINE) == "better"]
     if beaten:
         warnings.append(
@@ -201,9 +197,8 @@ def run_evaluate(
         "limits": limits_of(settings, results),
     }
     results = plain(results)
-    with whole_file(folder / "results.json") as partial:
-        partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    pictures = make_pictures(folder, rows, results, segmenter, labels, tables, train_rows)
+    write_json(folder / "results.json", results)
+    pictures = make_pictures(folder, rows, results, found, labels, tables, train_rows)
     write_page(folder / "report.html", results, pictures)
     if write_cards:
         for painter, adapter in names.items():
@@ -329,6 +324,12 @@ def with_target(rows: datasets.Dataset) -> np.ndarray:
     return np.flatnonzero([row["target"] is not None for row in targets])
 
 
+def held_out(rows: datasets.Dataset, train_rows: datasets.Dataset) -> np.ndarray:
+    """Numbers of the rows whose truth is known and whose case was not trained on."""
+    known, cases = set(train_rows["case_id"]), rows["case_id"]
+    return np.array([i for i in with_target(rows) if cases[int(i)] not in known], dtype=int)
+
+
 def batches_of(folder: Path, rows: datasets.Dataset, painter: str | None, seed: int, chosen: np.ndarray):
     """Shard by shard the pictures of a painter, or the truths, of the chosen rows, with what they were made for."""
     for start in range(0, len(rows), SHARD):
@@ -437,10 +438,7 @@ def check_all_memorisation(
     folder: Path, rows: datasets.Dataset, train_rows: datasets.Dataset, results: dict, extractor, most: int = 2000
 ) -> dict:
     """Whether a painter copies what it was trained on, from its first `most` pictures."""
-    chosen, seed = with_target(rows), results["data"]["seeds"][0]
-    known = set(train_rows["case_id"])
-    cases = rows["case_id"]
-    chosen = np.array([i for i in chosen if cases[int(i)] not in known])[:most]
+    chosen, seed = held_out(rows, train_rows)[:most], results["data"]["seeds"][0]
     if len(chosen) == 0:
         raise ValueError("All cases of `data` are in `train_data`; nothing is held out to compare with.")
 
@@ -464,7 +462,7 @@ def check_all_memorisation(
 
 
 def make_pictures(
-    folder: Path, rows: datasets.Dataset, results: dict, segmenter, labels, tables: dict, train_rows
+    folder: Path, rows: datasets.Dataset, results: dict, found: dict, labels, tables: dict, train_rows
 ) -> dict[str, bytes]:
     """The plots and grids of the page: title -> PNG."""
     pictures = {}
@@ -476,8 +474,7 @@ def make_pictures(
     chosen = [(seeds[0], int(i)) for i in first]
     pictures["The first rows of each task"] = grid(folder, rows, results, chosen, labels)
     for painter in (name for name in results["painters"] if name != BASELINE):
-        found = measure_all(folder / "images" / painter, rows, seeds, segmenter, "Looking for the worst")
-        for name, measure in found.measures.items():
+        for name, measure in found[painter].measures.items():
             if name.endswith("_ssim") or "dice" in name:
                 worst = worst_rows(measure.values, measure.applies, measure.higher_is_better)
                 chosen = [(seeds[i // len(rows)], int(i % len(rows))) for i in worst]
@@ -500,13 +497,11 @@ def make_pictures(
 
 def nearest_pairs(folder: Path, rows, train_rows, results: dict, painter: str, labels) -> bytes:
     """The pictures of a painter that come nearest to a training picture, beside it."""
-    known = set(train_rows["case_id"])
-    cases = rows["case_id"]
-    chosen = [int(i) for i in with_target(rows) if cases[int(i)] not in known]
+    chosen = held_out(rows, train_rows)
     train = with_target(train_rows)
     pairs = results["memorisation"][painter]["spaces"]["pixels"]["closest"][:4]
-    shown, seed = [chosen[pair["generated"]] for pair in pairs], results["data"]["seeds"][0]
-    images = [read_shard(folder / "images" / painter, seed, i // SHARD * SHARD)[i % SHARD] for i in shown]
+    shown, seed = [int(chosen[pair["generated"]]) for pair in pairs], results["data"]["seeds"][0]
+    images = [read_picture(folder / "images" / painter, seed, i) for i in shown]
     nearest = rows_to_tensors([train_rows[int(train[pair["train"]])] for pair in pairs])["targets"]
     captions = [f"distance {pair['distance']:.3f}, {pair['ratio']:.2f} of that to the next case" for pair in pairs]
     columns = {painter: torch.stack(images), "Nearest in training": nearest}
@@ -518,7 +513,7 @@ def grid(folder: Path, rows, results: dict, chosen: list[tuple[int, int]], label
     shown = [rows[i] for _, i in chosen]
     columns = {}
     for painter in results["painters"]:
-        images = [read_shard(folder / "images" / painter, seed, i // SHARD * SHARD)[i % SHARD] for seed, i in chosen]
+        images = [read_picture(folder / "images" / painter, seed, i) for seed, i in chosen]
         columns[painter] = torch.stack(images)
     if all(row["target"] is not None for row in shown):
         columns["Truth"] = rows_to_tensors(shown)["targets"]

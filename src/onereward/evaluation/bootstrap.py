@@ -5,7 +5,7 @@ written as a matrix of row counts: any statistic that takes row weights gets its
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -168,3 +168,16 @@ def _measured(statistic: Callable, weights: np.ndarray, case_ids: np.ndarray, n_
     low, high = percentile_interval(statistic(weights)) if cases > 1 else (np.nan, np.nan)
     note = "no interval: a single case" if cases == 1 else "a rough interval: few cases" if cases < 20 else ""
     return Measured(value, low, high, number, int(n_failed), note)
+
+
+def plain(value):
+    """Dataclasses as dicts, and what is not finite as `None`: JSON has no NaN."""
+    if hasattr(value, "__dataclass_fields__"):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value

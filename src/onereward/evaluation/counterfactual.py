@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from onereward.data.phantom import CONTRASTS, FIELD_OF_VIEW, load_phantom
 from onereward.data.schema import LABELS, rows_to_tensors
 from onereward.data.whole_file import whole_file
-from onereward.evaluation.bootstrap import Measured, measured_difference, measured_mean
+from onereward.evaluation.bootstrap import measured_difference, measured_mean, plain
 from onereward.evaluation.metrics import dice, masked_mae, masked_psnr, masked_ssim
 from onereward.evaluation.segmenter import Segmenter
 
@@ -457,23 +457,15 @@ def score_images(
         "figures": {
             name: {
                 "rows": np.flatnonzero(applies & shown).tolist(),
-                "values": [_json(value) for value in values[applies & shown]],
+                "values": [plain(value) for value in values[applies & shown]],
             }
             for name, (values, applies) in figures.items()
         },
         "measured": {
-            task: {stratum: {name: _entry(m) for name, m in table.items()} for stratum, table in strata.items()}
+            task: {stratum: {name: plain(m) for name, m in table.items()} for stratum, table in strata.items()}
             for task, strata in measured.items()
         },
     }
-
-
-def _json(value: float) -> float | None:
-    return float(f"{value:.6g}") if np.isfinite(value) else None
-
-
-def _entry(measured: Measured) -> dict:
-    return {k: _json(v) if isinstance(v, float) else v for k, v in dataclasses.asdict(measured).items()}
 
 
 def compare_results(base: dict, result: dict, resamples: int = 2000) -> dict:
@@ -515,7 +507,7 @@ def compare_results(base: dict, result: dict, resamples: int = 2000) -> dict:
             sign = 1 if MEASURES[name][2] else -1
             ends = (sign * difference.low, sign * difference.high)
             verdict = "better" if min(ends) > 0 else "worse" if max(ends) < 0 else "no difference"
-            report[task][name] = {**_entry(difference), "verdict": verdict}
+            report[task][name] = {**plain(difference), "verdict": verdict}
     return report
 
 

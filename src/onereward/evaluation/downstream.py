@@ -40,7 +40,7 @@ from torch import nn
 from tqdm import tqdm
 
 from onereward.data.schema import LABELS
-from onereward.data.whole_file import whole_file
+from onereward.data.whole_file import whole_file, write_json
 from onereward.evaluation.bootstrap import Measured, measured_mean, percentile_interval
 from onereward.evaluation.figures import COLOURS, INK, MUTED, NOTICE, PAPER
 from onereward.evaluation.heldout import generate_images
@@ -668,8 +668,7 @@ class Downstream:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes [`to_dict`](Downstream.to_dict) as JSON."""
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
 
 def _plain(value):

@@ -17,14 +17,14 @@ asks for it, in the contrasts where the judge finds it on real slices.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from onereward.data.schema import rows_to_tensors
-from onereward.evaluation.bootstrap import percentile_interval, resample_cases, weighted_mean
+from onereward.evaluation.bootstrap import percentile_interval, plain, resample_cases, weighted_mean
 from onereward.evaluation.metrics import dice, kernel_distance, masked_mae, masked_psnr, masked_ssim
 from onereward.evaluation.segmenter import Segmenter
 from onereward.evaluation.surface import surface_measures
@@ -69,6 +69,31 @@ class Heldout:
     measures: dict[str, Measure]
     features: torch.Tensor | None = None
     real_features: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def generate_batch(
+    pipeline, rows: list[dict], noise_seeds: list[int], *, num_inference_steps: int, guidance_scale: float
+) -> torch.Tensor:
+    """One image of each row, `(len(rows), C, H, W)` in [0, 1] on the CPU, from noise of its own seed."""
+    tensors = rows_to_tensors([{**row, "target": None} for row in rows])
+    output = pipeline(
+        prompt=tensors["prompts"],
+        image=tensors["images"],
+        mask_image=tensors["masks"],
+        label_map=tensors["label_maps"] if pipeline.has_label_channels else None,
+        task=tensors["tasks"],
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in noise_seeds],
+        output_type="pt",
+    )
+    return output.images.cpu()
+
+
+def noise_seeds(seed: int, rows: Iterable[int]) -> list[int]:
+    """Seeds of the noise of rows by their places in the data set, so that no batch size changes an image."""
+    return [seed * 1_000_003 + row for row in rows]
 
 
 @torch.no_grad()
@@ -125,19 +150,9 @@ def generate_images(
     try:
         with tqdm(total=len(seeds) * len(dataset), desc=description, unit="image") as progress:
             for seed, indices in batches:
-                tensors = rows_to_tensors([dataset[i] for i in indices])
-                output = pipeline(
-                    prompt=tensors["prompts"],
-                    image=tensors["images"],
-                    mask_image=tensors["masks"],
-                    label_map=tensors["label_maps"] if pipeline.has_label_channels else None,
-                    task=tensors["tasks"],
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    generator=[torch.Generator().manual_seed(seed * 1_000_003 + i) for i in indices],
-                    output_type="pt",
-                )
-                images.append(output.images.cpu())
+                rows, seeds_of_rows = [dataset[i] for i in indices], noise_seeds(seed, indices)
+                settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+                images.append(generate_batch(pipeline, rows, seeds_of_rows, **settings))
                 progress.update(len(indices))
     finally:
         if not adapter:
@@ -325,19 +340,15 @@ def evaluate_pipeline(
     return measure_images(images, dataset, segmenter=segmenter)
 
 
-def _round(value: float) -> float | None:
-    return None if not np.isfinite(value) else float(f"{value:.6g}")
-
-
 def _entry(before, after, real, differences, n, n_failed, higher_is_better) -> dict:
     low, high = percentile_interval(differences)
     better, worse = (low > 0, high < 0) if higher_is_better else (high < 0, low > 0)
     return {
-        "before": _round(before),
-        "after": _round(after),
-        "real": _round(real),
-        "difference": _round(after - before),
-        "ci95": [_round(low), _round(high)],
+        "before": plain(before),
+        "after": plain(after),
+        "real": plain(real),
+        "difference": plain(after - before),
+        "ci95": [plain(low), plain(high)],
         "n": int(n),
         "n_failed": int(n_failed),
         "higher_is_better": higher_is_better,

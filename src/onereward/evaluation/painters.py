@@ -11,7 +11,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -21,16 +20,16 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from onereward.data.schema import rows_to_tensors
-from onereward.data.whole_file import whole_file
+from onereward.data.whole_file import whole_file, write_json
 from onereward.evaluation.bootstrap import (
     Measured,
     measured_difference,
     measured_mean,
     measured_ratio,
     paired_difference,
+    plain,
 )
-from onereward.evaluation.heldout import Heldout, measure_images
+from onereward.evaluation.heldout import Heldout, generate_batch, measure_images, noise_seeds
 from onereward.evaluation.segmenter import Segmenter
 from onereward.preferences.raters import holm
 
@@ -59,21 +58,7 @@ def pipeline_painter(pipeline, *, num_inference_steps: int = 20, guidance_scale:
     """
     batch_size = SHARD
 
-    @torch.no_grad()
-    def paint_batch(rows, seeds):
-        tensors = rows_to_tensors([{**row, "target": None} for row in rows])
-        output = pipeline(
-            prompt=tensors["prompts"],
-            image=tensors["images"],
-            mask_image=tensors["masks"],
-            label_map=tensors["label_maps"] if pipeline.has_label_channels else None,
-            task=tensors["tasks"],
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="pt",
-        )
-        return output.images.cpu()
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
 
     def paint(rows, seeds):
         nonlocal batch_size
@@ -82,7 +67,7 @@ def pipeline_painter(pipeline, *, num_inference_steps: int = 20, guidance_scale:
         while len(images) < len(rows):
             batch = slice(len(images), len(images) + batch_size)
             try:
-                images += paint_batch(rows[batch], seeds[batch])
+                images += generate_batch(pipeline, rows[batch], seeds[batch], **settings)
             except RuntimeError as error:
                 if batch_size == 1 or not should_reduce_batch_size(error):
                     raise
@@ -137,7 +122,7 @@ def paint_all(
             file = _shard(folder, seed, start)
             if not file.exists():
                 rows = [dataset[i] for i in indices]
-                images = painter(rows, [seed * 1_000_003 + i for i in indices])
+                images = painter(rows, noise_seeds(seed, indices))
                 images = (images.clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
                 with whole_file(file) as partial:
                     save_file({"images": images}, partial)
@@ -146,6 +131,11 @@ def paint_all(
 
 def _shard(folder: Path, seed: int, start: int) -> Path:
     return folder / f"{seed}-{start:07d}.safetensors"
+
+
+def read_picture(folder: Path, seed: int, row: int) -> torch.Tensor:
+    """One picture of [`paint_all`], `(C, H, W)` in [0, 1]."""
+    return read_shard(folder, seed, row // SHARD * SHARD)[row % SHARD]
 
 
 def read_shard(folder: Path, seed: int, start: int) -> torch.Tensor:
@@ -337,8 +327,17 @@ def evaluate_painters(
     >>> results["measures"]["fill_ssim"]["painters"]["base"]["value"]
     ```
     """
-    folder, started = Path(output_dir), time.monotonic()
-    data = {
+    data, started = describe(dataset, seeds), time.monotonic()
+    found = paint_and_measure(painters, dataset, output_dir, data, segmenter, perceptual)
+    results = put_side_by_side(found, data, was_reward, resamples, seed)
+    results["seconds"] = round(time.monotonic() - started, 1)
+    write_json(Path(output_dir) / "results.json", results)
+    return results
+
+
+def describe(dataset: datasets.Dataset, seeds: Sequence[int]) -> dict:
+    """What is evaluated on: how many rows and cases, of which kinds, their [`fingerprint`] and the seeds."""
+    return {
         "rows": len(dataset),
         "cases": len(set(dataset["case_id"])),
         "tasks": sorted(set(dataset["task"])),
@@ -346,14 +345,31 @@ def evaluate_painters(
         "fingerprint": fingerprint(dataset),
         "seeds": list(seeds),
     }
-    _check_same(folder / "data.json", data)
-    found: dict[str, Heldout] = {}
-    for name, painter in painters.items():
-        paint_all(painter, dataset, folder / "images" / name, seeds, f"{name}: painting")
-        pictures = folder / "images" / name
-        found[name] = measure_all(pictures, dataset, seeds, segmenter, f"{name}: measuring", perceptual)
 
-    first = next(iter(painters))
+
+def paint_and_measure(
+    painters: dict[str, Painter],
+    dataset: datasets.Dataset,
+    output_dir: str | Path,
+    data: dict,
+    segmenter: Segmenter | None,
+    perceptual: Callable | None,
+) -> dict[str, Heldout]:
+    """The first half of [`evaluate_painters`], with its arguments and `data` from [`describe`]: name -> measures."""
+    folder, found, seeds = Path(output_dir), {}, data["seeds"]
+    _check_same(folder / "data.json", data)
+    for name, painter in painters.items():
+        pictures = folder / "images" / name
+        paint_all(painter, dataset, pictures, seeds, f"{name}: painting")
+        found[name] = measure_all(pictures, dataset, seeds, segmenter, f"{name}: measuring", perceptual)
+    return found
+
+
+def put_side_by_side(
+    found: dict[str, Heldout], data: dict, was_reward: Sequence[str], resamples: int, seed: int
+) -> dict:
+    """The second half of [`evaluate_painters`], with its arguments; `data` from [`describe`]."""
+    first = next(iter(found))
     reference = found[first]
     measures = {}
     differences = {
@@ -390,25 +406,8 @@ def evaluate_painters(
         },
         "reference": first,
         "measures": measures,
-        "seconds": round(time.monotonic() - started, 1),
     }
-    results = plain(results)
-    with whole_file(folder / "results.json") as partial:
-        partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return results
-
-
-def plain(value):
-    """Dataclasses as dicts, and what is not finite as `None`: JSON has no NaN."""
-    if hasattr(value, "__dataclass_fields__"):
-        return plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(name): plain(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, (float, np.floating)):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
+    return plain(results)
 
 
 def _check_same(path: Path, data: dict) -> None:
@@ -421,6 +420,4 @@ def _check_same(path: Path, data: dict) -> None:
                 "Name another folder, or delete it."
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    write_json(path, data)

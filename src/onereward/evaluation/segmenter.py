@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from onereward.data.schema import LABELS, rows_to_tensors
-from onereward.data.whole_file import whole_file
+from onereward.data.whole_file import whole_file, write_json
 from onereward.evaluation.bootstrap import percentile_interval, resample_cases, weighted_mean
 from onereward.evaluation.metrics import dice
 
@@ -356,8 +356,7 @@ def save_segmenter(segmenter: Segmenter, path: str | os.PathLike) -> None:
     weights = {name: tensor.contiguous() for name, tensor in segmenter.state_dict().items()}
     with whole_file(path) as partial:
         save_file(weights, partial, metadata={"format": "pt", "card": json.dumps(card)})
-    with whole_file(path.with_suffix(".json")) as partial:
-        partial.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    write_json(path.with_suffix(".json"), card)
 
 
 def load_segmenter(path: str | os.PathLike = SHIPPED_WEIGHTS) -> Segmenter:
