@@ -1,88 +1,27 @@
-"""Fixtures shared by all tests: a tiny random pipeline in each layout, and a few phantom rows."""
+"""Fixtures shared by all tests: a Hub of their own, a tiny random pipeline in each layout, and a few phantom rows."""
 
+import atexit
 import os
+import shutil
+import sys
+import tempfile
+
+from loopback_hub import LoopbackHub
 
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# The Hugging Face libraries read these when they are imported. No test asks the real Hub.
+assert "huggingface_hub" not in sys.modules
+_SCRATCH = tempfile.mkdtemp(prefix="onereward-hub-")
+atexit.register(shutil.rmtree, _SCRATCH, ignore_errors=True)
+HUB = LoopbackHub(os.path.join(_SCRATCH, "hub")).__enter__()
+os.environ.update(HUB.env(os.path.join(_SCRATCH, "home")))
+os.environ["HF_HUB_OFFLINE"] = "0"
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from tiny_components import tiny_components
 
 from onereward.data.phantom import load_phantom
-from onereward.data.schema import LABELS
 from onereward.pipelines import OneRewardMaskPipeline
-from onereward.pipelines.small import train_tokenizer
-
-
-PROMPTS = [
-    "T1-weighted brain MRI with an enhancing tumour",
-    "healthy tissue, no lesion",
-    "oedema in the left hemisphere",
-]
-
-
-def tiny_components(layout: str = "2c+1+K", image_channels: int = 1, prediction_type: str = "v_prediction") -> dict:
-    """Random components of `OneRewardMaskPipeline`, the same on each call. Layouts: "c", "2c+1", "2c+1+K"."""
-    in_channels = {"c": 4, "2c+1": 9, "2c+1+K": 9 + len(LABELS)}[layout]
-    tokenizer = train_tokenizer(PROMPTS, vocab_size=300, max_length=77)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=in_channels,
-            out_channels=4,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=4,
-            norm_num_groups=4,
-        )
-        vae = AutoencoderKL(
-            in_channels=image_channels,
-            out_channels=image_channels,
-            latent_channels=4,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            layers_per_block=1,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            sample_size=16,
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=tokenizer.model_max_length,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        prediction_type=prediction_type,
-        timestep_spacing="trailing",
-        set_alpha_to_one=False,
-    )
-    return {
-        "vae": vae.eval(),
-        "unet": unet.eval(),
-        "scheduler": scheduler,
-        "text_encoder": text_encoder.eval(),
-        "tokenizer": tokenizer,
-        "labels": LABELS,
-    }
 
 
 @pytest.fixture
@@ -101,3 +40,12 @@ def tiny_pipeline():
 def phantom():
     """Twelve rows of two test cases: two contrasts, all three tasks."""
     return load_phantom(2, contrasts=("t1c", "t2f"), split="test", seed=0)
+
+
+@pytest.fixture
+def hub():
+    """The Hub that `huggingface_hub` talks to, in this process and in those that inherit its environment."""
+    HUB.fail = None
+    HUB.calls.clear()
+    yield HUB
+    HUB.fail = None

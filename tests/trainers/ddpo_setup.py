@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REPOSITORY = Path(__file__).parents[2]
 sys.path.append(str(REPOSITORY / "tests"))
 
-from conftest import tiny_components  # noqa: E402
+from tiny_components import tiny_components  # noqa: E402
 
 from onereward.data.schema import FEATURES  # noqa: E402
 from onereward.pipelines import OneRewardMaskPipeline  # noqa: E402
