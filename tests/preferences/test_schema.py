@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfApi
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -439,17 +440,19 @@ def test_pictures_are_kept_without_what_a_file_tells_beside_its_pixels():
     assert encode_picture(b"no picture")["bytes"] == b"no picture"
 
 
-def test_votes_on_the_hub_and_of_any_criteria(votes, tmp_path, monkeypatch):
-    """No Hub here: what `datasets` would bring is given to it."""
+def test_votes_on_the_hub_and_of_any_criteria(hub, votes, tmp_path):
     save_votes(votes, tmp_path / "votes.parquet")
-    asked = []
-
-    def from_the_hub(name, split):
-        asked.append((name, split))
-        return datasets.Dataset.from_parquet(str(tmp_path / "votes.parquet"))
-
-    monkeypatch.setattr(datasets, "load_dataset", from_the_hub)
-    loaded = load_votes("my-name/votes", criteria=None, split="validation")
-    assert asked == [("my-name/votes", "validation")] and loaded["vote_id"] == votes["vote_id"]
+    api = HfApi()
+    api.create_repo("org/schema-votes", repo_type="dataset")
+    path = "data/validation-00000-of-00001.parquet"
+    commits = []
+    for content in (votes, votes.select([0])):
+        save_votes(content, tmp_path / "votes.parquet")
+        options = {"path_in_repo": path, "repo_id": "org/schema-votes", "repo_type": "dataset"}
+        commits.append(api.upload_file(path_or_fileobj=(tmp_path / "votes.parquet").read_bytes(), **options).oid)
+    first = load_votes("org/schema-votes", criteria=None, split="validation", revision=commits[0])
+    assert first["vote_id"] == votes["vote_id"]
+    assert np.array_equal(np.asarray(first[0]["image_0"]), np.asarray(votes[0]["image_0"]))
+    assert len(load_votes("org/schema-votes", criteria=None, split="validation")) == 1
     with pytest.raises(ValueError, match="`criterion` is .* expected one of \\('beauty',\\)"):
-        load_votes("my-name/votes", criteria=("beauty",))
+        load_votes("org/schema-votes", criteria=("beauty",), split="validation")

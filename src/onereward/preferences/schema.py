@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from datasets.table import embed_table_storage
 from PIL import Image
 
+from onereward.data.load import load_from_hub
 from onereward.data.masks import check_label_map, check_mask
 from onereward.data.schema import TASKS
 from onereward.data.whole_file import whole_file
@@ -463,7 +464,10 @@ def save_votes(votes: datasets.Dataset, path: str | os.PathLike) -> None:
 
 
 def load_votes(
-    path: str | os.PathLike, criteria: tuple[str, ...] | None = CRITERIA, split: str = "train"
+    path: str | os.PathLike,
+    criteria: tuple[str, ...] | None = CRITERIA,
+    split: str = "train",
+    revision: str | None = None,
 ) -> datasets.Dataset:
     """
     Read and check votes. Those of an older version of the schema are upgraded.
@@ -477,11 +481,14 @@ def load_votes(
             The criteria there are; `None` for whichever were voted on.
         split (`str`, *optional*, defaults to `"train"`):
             Split of a data set on the Hub.
+        revision (`str`, *optional*):
+            Revision of a data set on the Hub: branch, tag or commit.
 
     Returns:
         `datasets.Dataset`: rows of `VOTE_FEATURES`.
 
     Raises:
+        `ConnectionError`: when the Hub does not answer and the cache holds another revision than the wanted one.
         `FileNotFoundError`: when there is no such file.
         `ValueError`: when the file is no Parquet file, or a vote in it is not valid.
     """
@@ -489,7 +496,7 @@ def load_votes(
     if os.path.exists(name) or name.endswith(".parquet"):
         votes = read_votes(name)
     else:
-        votes = upgrade_votes(datasets.load_dataset(name, split=split))
+        votes = upgrade_votes(load_from_hub(name, revision, split))
     if criteria is None and "criterion" in votes.column_names:
         criteria = tuple(dict.fromkeys(votes["criterion"]))
     validate_votes(votes, criteria)
