@@ -667,7 +667,7 @@ class Downstream:
         return _plain(dataclasses.asdict(self))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes [`to_dict`](Downstream.to_dict) as JSON."""
+        """Writes [`~Downstream.to_dict`] as JSON."""
         write_json(path, self.to_dict())
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 
 from onereward.data.schema import LABELS
+from onereward.data.synthetic import save_png
 from onereward.data.whole_file import whole_file
 
 
@@ -21,11 +22,6 @@ NOTICE = "Synthetic images. Research use only, not for clinical use."
 COLOURS = ("#D55E00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#E69F00")
 OUTLINE = "#56B4E9"
 INK, MUTED, PAPER = "#1a1a1a", "#666666", "#ffffff"
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> None:
-    with whole_file(path) as partial:
-        FigureCanvasAgg(figure).print_png(partial)
 
 
 def _rgb(image: np.ndarray) -> np.ndarray:
@@ -140,7 +136,9 @@ def picture_grid(
     write(x, y, "\u25a1", color=OUTLINE, fontsize=14)
     write(x + 18, y, "mask")
     write(total_w - margin, y, NOTICE, ha="right", color=MUTED)
-    _save(figure, path)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    save_png(np.asarray(canvas.buffer_rgba()), path, model="onereward", sidecar=False)
 
 
 def _series(log_history: list[dict], key: str) -> tuple[list, list]:
@@ -199,4 +197,5 @@ def reward_curve_figure(log_history: list[dict], path: str | os.PathLike) -> Non
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
     figure.supxlabel(NOTICE, fontsize=8, color=MUTED, x=0.995, ha="right")
-    _save(figure, path)
+    with whole_file(path) as partial:
+        FigureCanvasAgg(figure).print_png(partial)
