@@ -1,16 +1,21 @@
 """An adapter comes back through diffusers and through PEFT as the images it was saved with, or not at all."""
 
 import json
+from hashlib import sha256
 
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from flow_components import tiny_flux_fill_components, tiny_sd3_components
+from huggingface_hub import HfApi
+from load_everything import paint as paint_flow
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from onereward.hub.adapters import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, load_adapter, save_adapter
+from onereward.pipelines import OneRewardFluxFillPipeline, OneRewardSD3InpaintPipeline
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -207,3 +212,108 @@ def test_an_adapter_of_another_base_is_refused_and_leaves_no_trace(tiny_pipeline
         load_adapter(pipeline, tmp_path)
     assert not getattr(pipeline.unet, "peft_config", {})
     assert pipeline.unet.state_dict().keys() == before.keys()
+
+
+# ---------------------------------------------------------------------------------------------------------- on the Hub
+
+
+@pytest.fixture
+def repo(hub, tiny_pipeline, tmp_path, request):
+    """An adapter on the Hub: on `main` nothing that loads, on the tag `v1` what was saved."""
+    save_adapter(tuned(tiny_pipeline(), **CONFIGS["alpha is not the rank"]), tmp_path / "up", base_model="org/base")
+    name = f"org/adapters-{sha256(request.node.name.encode()).hexdigest()[:12]}"
+    HfApi().create_repo(name)
+    HfApi().upload_folder(folder_path=tmp_path / "up", repo_id=name)
+    HfApi().create_tag(name, tag="v1")
+    hub.calls.clear()
+    return name
+
+
+def test_an_adapter_on_the_hub_is_the_one_that_was_saved(repo, hub, tiny_pipeline, tmp_path):
+    local = tiny_pipeline()
+    load_adapter(local, tmp_path / "up")
+    expected = paint(local)
+    HfApi().delete_file(DIFFUSERS_WEIGHTS, repo)
+    loaded = tiny_pipeline()
+    with pytest.raises(ValueError, match="PEFT format only"):
+        load_adapter(loaded, repo)
+    load_adapter(loaded, repo, adapter_name="tuned", trainable=True, revision="v1")
+    assert loaded.get_active_adapters() == ["tuned"]
+    assert {name for name, p in loaded.unet.named_parameters() if p.requires_grad} == {
+        name for name, _ in loaded.unet.named_parameters() if "lora_" in name
+    }
+    np.testing.assert_allclose(paint(loaded), expected, atol=1e-6, rtol=0)
+
+    by_diffusers = tiny_pipeline()
+    by_diffusers.load_lora_weights(repo, revision="v1")
+    np.testing.assert_allclose(paint(by_diffusers), expected, atol=1e-6, rtol=0)
+    hub.fail = lambda method, path: (503, "down")  # now from the cache
+    again = tiny_pipeline()
+    load_adapter(again, repo, revision="v1")
+    np.testing.assert_allclose(paint(again), expected, atol=1e-6, rtol=0)
+
+
+def test_what_the_hub_refuses_is_said_in_one_message(repo, hub, tiny_pipeline, tmp_path):
+    pipeline = tiny_pipeline()
+    with pytest.raises(OSError, match=f"'{repo}' has no revision 'v9'. Pass one of its branches"):
+        load_adapter(pipeline, repo, revision="v9")
+    with pytest.raises(OSError, match="'org/nowhere' is no folder here, and the Hub shows no such repository.*log in"):
+        load_adapter(pipeline, "org/nowhere")
+    with pytest.raises(ValueError, match="'not a name' is no folder here|'not a name', which is no folder here"):
+        load_adapter(pipeline, "not a name")
+    with pytest.raises(ValueError, match="`revision` is 'v1', but .* is a folder"):
+        load_adapter(pipeline, tmp_path, revision="v1")
+    hub.fail = lambda method, path: (503, "down") if "/resolve/" in path else None
+    with pytest.raises(OSError, match="not in the cache, and the Hub cannot be reached"):
+        load_adapter(pipeline, repo)
+    assert not getattr(pipeline.unet, "peft_config", {})
+
+
+@pytest.mark.parametrize(("setting", "message"), [("private", "shows no such repository"), ("gated", "is gated")])
+def test_private_and_gated_adapters_are_for_those_who_may_read_them(
+    repo, tiny_pipeline, monkeypatch, setting, message
+):
+    settings = {"visibility": "private"} if setting == "private" else {"gated": "manual"}
+    HfApi().update_repo_settings(repo, **settings)
+    load_adapter(tiny_pipeline(), repo)  # its owner
+    tiny_pipeline().load_lora_weights(repo, token="hf_alice")
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(OSError, match=message):
+        load_adapter(tiny_pipeline(), repo, revision="v1")
+
+
+def test_a_misfit_on_the_hub_says_what_it_was_made_for(repo, tiny_pipeline):
+    pipeline = tiny_pipeline()
+    pipeline.unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config, block_out_channels=(8, 32))).eval()
+    with pytest.raises(ValueError, match="does not fit this denoiser.*It was made for 'org/base'"):
+        load_adapter(pipeline, repo)
+
+
+def test_load_lora_weights_does_not_pass_over_what_peft_wrote(repo, tiny_pipeline):
+    HfApi().delete_file(DIFFUSERS_WEIGHTS, repo)
+    with pytest.raises(ValueError, match="Nothing in .* was made for this pipeline.*PeftModel.from_pretrained"):
+        tiny_pipeline().load_lora_weights(repo)
+
+
+@pytest.mark.parametrize("make", ["flux", "sd3"])
+def test_adapters_of_flow_matching_denoisers_come_back_through_both_loaders(make, hub, tmp_path):
+    def pipeline():
+        if make == "flux":
+            return OneRewardFluxFillPipeline(**tiny_flux_fill_components())
+        return OneRewardSD3InpaintPipeline(**tiny_sd3_components())
+
+    saved = pipeline()
+    saved.transformer.add_adapter(LoraConfig(r=4, lora_alpha=16, target_modules=ATTENTION))
+    generator = torch.Generator().manual_seed(1)
+    for key, parameter in saved.transformer.named_parameters():
+        if "lora_B" in key:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    save_adapter(saved, tmp_path, base_model="org/base")
+    HfApi().create_repo(f"org/both-{make}")
+    HfApi().upload_folder(folder_path=tmp_path, repo_id=f"org/both-{make}")
+    ours, diffusers, peft = pipeline(), pipeline(), pipeline()
+    load_adapter(ours, f"org/both-{make}")
+    diffusers.load_lora_weights(f"org/both-{make}")
+    peft.transformer = PeftModel.from_pretrained(peft.transformer, f"org/both-{make}").base_model.model
+    for loaded in (ours, diffusers, peft):
+        np.testing.assert_allclose(paint_flow(loaded), paint_flow(saved), atol=1e-6, rtol=0)

@@ -3,16 +3,20 @@
 import importlib.metadata
 import json
 import pickle
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionInpaintPipeline
+from flow_components import tiny_flux_fill_components, tiny_sd3_components
+from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModel
 
 import onereward
 from onereward import OneRewardConfig, OneRewardMaskPipeline, OneRewardModel
+from onereward.pipelines import OneRewardFluxFillPipeline, OneRewardSD3InpaintPipeline
 
 
 HOSTILE = "raise SystemExit('code of the repository was run')\n"
@@ -128,9 +132,10 @@ def test_a_stock_model_and_an_unknown_type_load_as_before(tmp_path):
 
 
 def test_patching_twice_changes_nothing():
-    before = DiffusionPipeline.__dict__["_dict_from_json_file"].__func__
+    names = ("_dict_from_json_file", "from_pretrained")
+    before = [DiffusionPipeline.__dict__[name].__func__ for name in names]
     onereward.install_import_hook()
-    assert DiffusionPipeline.__dict__["_dict_from_json_file"].__func__ is before
+    assert [DiffusionPipeline.__dict__[name].__func__ for name in names] == before
 
 
 def test_a_failed_or_postponed_import_of_the_library_is_patched_later(tmp_path):
@@ -164,3 +169,60 @@ def test_classes_still_pickle_and_package_metadata_is_found():
     code = "import onereward, importlib.metadata; print(importlib.metadata.version('diffusers'))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == importlib.metadata.version("diffusers")
+
+
+# ---------------------------------------------------------------------------------------------------------- on the Hub
+
+
+FLOW = {
+    "OneRewardFluxFillPipeline": (OneRewardFluxFillPipeline, tiny_flux_fill_components),
+    "OneRewardSD3InpaintPipeline": (OneRewardSD3InpaintPipeline, tiny_sd3_components),
+}
+
+
+@pytest.mark.parametrize("class_name", FLOW)
+def test_a_flow_matching_pipeline_is_known_by_its_name_and_stays_a_checkpoint_of_diffusers(class_name, tmp_path):
+    cls, components = FLOW[class_name]
+    cls(**components()).save_pretrained(tmp_path)
+    module = json.loads((tmp_path / "model_index.json").read_text())["_class_name"][0]
+    assert (tmp_path / f"{module}.py").is_file()
+    for path in tmp_path.glob("*.py"):
+        assert "onereward." not in re.sub(r'"""[\s\S]*?"""', "", path.read_text()), f"{path} needs the package"
+        path.write_text(HOSTILE)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is cls
+    assert type(DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)) is cls
+    assert type(cls.__mro__[2].from_pretrained(tmp_path)) is cls.__mro__[2]  # FluxFillPipeline, ...
+
+
+def test_revision_and_token_choose_what_is_loaded(hub, tiny_pipeline, tmp_path):
+    api = HfApi()
+    api.create_repo("org/revisions", private=True)
+    commits, weights = [], []
+    for value in (1.0, 2.0):
+        pipeline = tiny_pipeline()
+        pipeline.unet.conv_in.bias.data.fill_(value)
+        pipeline.save_pretrained(tmp_path)
+        (tmp_path / "pipeline.py").write_text(HOSTILE)
+        commits.append(api.upload_folder(folder_path=tmp_path, repo_id="org/revisions").oid)
+    for caller in (DiffusionPipeline, OneRewardMaskPipeline):
+        for revision in (*commits, "main"):
+            loaded = caller.from_pretrained("org/revisions", revision=revision, token="hf_alice")
+            assert type(loaded) is OneRewardMaskPipeline
+            weights.append(loaded.unet.conv_in.bias[0].item())
+        with pytest.raises(OSError, match="revision|Revision"):
+            caller.from_pretrained("org/revisions", revision="v9")
+        with pytest.raises(OSError, match="Cannot load model org/revisions|log in"):
+            caller.from_pretrained("org/revisions", token="stranger", cache_dir=tmp_path / caller.__name__)
+    assert weights == [1.0, 2.0, 2.0] * 2
+    hub.fail = lambda method, path: (503, "down")  # from the cache
+    assert DiffusionPipeline.from_pretrained("org/revisions").unet.conv_in.bias[0].item() == 2.0
+
+
+def test_an_unknown_name_is_reported_as_diffusers_reports_it(hub, tmp_path):
+    with pytest.raises(OSError, match="Cannot load model org/nowhere"):
+        DiffusionPipeline.from_pretrained("org/nowhere")
+    with pytest.raises(OSError, match="no file named model_index.json"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(OSError, match="not a valid JSON file"):
+        DiffusionPipeline.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Adapters on disk: one folder that diffusers and PEFT both load, with the same result to the last bit."""
+"""Adapters, on disk and on the Hub: files that diffusers and PEFT both load, with the same result to the last bit."""
 
 import copy
 import json
@@ -6,6 +6,15 @@ import os
 import tempfile
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import PeftType
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -116,7 +125,7 @@ def save_adapter(pipeline, folder, *, base_model, adapter_name="default", state_
             os.replace(path, folder / path.name)
 
 
-def load_adapter(pipeline, folder, adapter_name="default", trainable=False):
+def load_adapter(pipeline, name, adapter_name="default", trainable=False, revision=None):
     """
     Load an adapter that [`save_adapter`], or `save_lora_weights` of diffusers, wrote, and make sure that it arrived:
     the loaders of diffusers take a folder without an adapter for an empty one, and say nothing.
@@ -124,20 +133,32 @@ def load_adapter(pipeline, folder, adapter_name="default", trainable=False):
     Args:
         pipeline (`DiffusionPipeline`):
             Pipeline with a `unet` or `transformer`. The adapter is added to it and made active.
-        folder (`str` or `os.PathLike`):
-            Local folder with `pytorch_lora_weights.safetensors`. Pickle files are never read.
+        name (`str` or `os.PathLike`):
+            Folder with `pytorch_lora_weights.safetensors`, or a repository that has it on the Hub. Pickle files are
+            neither downloaded nor read.
         adapter_name (`str`, *optional*, defaults to `"default"`):
             Name to give the adapter inside the denoiser.
         trainable (`bool`, *optional*, defaults to `False`):
             Whether the adapter's weights get gradients. The denoiser's other weights get none in either case.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub. Defaults to the newest.
 
     Raises:
-        ValueError: when the folder holds no adapter, only pickle files, or one for another denoiser, or when the
-            denoiser has an adapter of that name already.
+        ValueError: when there is no adapter, only pickle files, or one for another denoiser, when the denoiser has an
+            adapter of that name already, or when a `revision` is given for a folder.
+        OSError: when the Hub does not give the adapter out: it is gated, private or not there, or out of reach.
+
+    Example:
+
+    ```python
+    >>> from onereward import OneRewardMaskPipeline
+    >>> from onereward.hub.adapters import load_adapter
+
+    >>> pipeline = OneRewardMaskPipeline.from_pretrained("org/onereward-brats")
+    >>> load_adapter(pipeline, "org/adapter", revision="v1.0.0")
+    ```
     """
-    path = Path(folder, DIFFUSERS_WEIGHTS)
-    if not path.is_file():
-        raise ValueError(f"`folder` is {str(folder)!r}, {_what_is_wrong(Path(folder))}")
+    path = _find_weights(name, revision)
     component, denoiser = denoiser_name(pipeline), denoiser_of(pipeline)
     if adapter_name in getattr(denoiser, "peft_config", {}):
         raise ValueError(
@@ -147,14 +168,57 @@ def load_adapter(pipeline, folder, adapter_name="default", trainable=False):
     misfits = _misfits(denoiser, _weights(path, component))
     if misfits:
         raise ValueError(
-            f"{path} does not fit this denoiser: {len(misfits)} of its tensors have no place there, {misfits[0]!r} "
-            f"among them. {_made_for(Path(folder))}"
+            f"{str(name)!r} does not fit this denoiser: {len(misfits)} of the tensors in {DIFFUSERS_WEIGHTS} have no "
+            f"place there, {misfits[0]!r} among them. {_made_for(name, path.parent)}"
         )
 
-    pipeline.load_lora_weights(str(folder), weight_name=DIFFUSERS_WEIGHTS, adapter_name=adapter_name)
+    pipeline.load_lora_weights(str(path.parent), weight_name=DIFFUSERS_WEIGHTS, adapter_name=adapter_name)
     pipeline.set_adapters(adapter_name)
-    for name, parameter in denoiser.named_parameters():
-        parameter.requires_grad_(trainable and f".{adapter_name}." in f"{name}.")
+    for parameter_name, parameter in denoiser.named_parameters():
+        parameter.requires_grad_(trainable and f".{adapter_name}." in f"{parameter_name}.")
+
+
+def _find_weights(name, revision):
+    """Path of the weights in diffusers' format, of a folder or, once downloaded, of a repository on the Hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"`revision` is {revision!r}, but {str(name)!r} is a folder, which has no revisions. Leave it out, or "
+                "name a repository on the Hub."
+            )
+        if not (folder / DIFFUSERS_WEIGHTS).is_file():
+            names = sorted(entry.name for entry in folder.iterdir())
+            raise ValueError(f"`name` is {str(name)!r}, {_what_is_wrong(names)}")
+        return folder / DIFFUSERS_WEIGHTS
+    name = str(name)
+    try:
+        return Path(hf_hub_download(name, DIFFUSERS_WEIGHTS, revision=revision))
+    except HFValidationError as error:
+        raise ValueError(
+            f"`name` is {name!r}, which is no folder here and no name on the Hub (like 'org/adapter'). Correct the "
+            "path or the name."
+        ) from error
+    except GatedRepoError as error:
+        raise OSError(
+            f"{name!r} is gated: its owners want to know who takes it. Ask for access on its page, and log in with "
+            "`hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"{name!r} is no folder here, and the Hub shows no such repository. Correct the name; if it is private, "
+            "log in with `hf auth login` as somebody who may read it."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise OSError(f"{name!r} has no revision {revision!r}. Pass one of its branches, tags or commits.") from error
+    except LocalEntryNotFoundError as error:
+        raise OSError(
+            f"{name!r} is no folder here, it is not in the cache, and the Hub cannot be reached. Go online (or unset "
+            "HF_HUB_OFFLINE) and load it once."
+        ) from error
+    except EntryNotFoundError as error:
+        names = list_repo_files(name, revision=revision)
+        raise ValueError(f"`name` is {name!r}, {_what_is_wrong(names)}") from error
 
 
 def _weights(path, component):
@@ -190,23 +254,25 @@ def _in_order(names):
     return sorted(names) if isinstance(names, set) else names
 
 
-def _what_is_wrong(folder):
-    if not folder.is_dir():
-        return "which is no folder here. Download the adapter first, or correct the path."
-    names = sorted(entry.name for entry in folder.iterdir())
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles:
-        return f"which holds {pickles}: pickle files can run code and are not read. Convert them to safetensors."
+def _what_is_wrong(names):
     if PEFT_WEIGHTS in names:
         return (
             f"which holds an adapter in PEFT format only ({PEFT_WEIGHTS}). Load it with "
-            "`PeftModel.from_pretrained(pipeline.unet, folder)`, or write it anew with `save_adapter`."
+            "`PeftModel.from_pretrained` on the denoiser, or write it anew with `save_adapter`."
         )
-    return f"which holds no {DIFFUSERS_WEIGHTS}, only {names}. Pass the folder that `save_adapter` wrote."
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        return f"which holds {pickles}: pickle files can run code and are not read. Convert them to safetensors."
+    return f"which holds no {DIFFUSERS_WEIGHTS}, only {names}. Pass what `save_adapter` wrote."
 
 
-def _made_for(folder):
-    config = folder / PEFT_CONFIG
-    if not config.is_file():
+def _made_for(name, folder):
+    """Which base an adapter says that it was made for; `folder` is `name`, or the commit of it in the cache."""
+    try:
+        path = (
+            folder / PEFT_CONFIG if Path(name).is_dir() else hf_hub_download(name, PEFT_CONFIG, revision=folder.name)
+        )
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:  # it does not say, or cannot be asked now
         return "Load the pipeline that the adapter was made for."
-    return f"It was made for {json.loads(config.read_text(encoding='utf-8')).get('base_model_name_or_path')!r}."
+    return f"It was made for {config.get('base_model_name_or_path')!r}."

@@ -1,6 +1,6 @@
 """After `import onereward`, the plain Hugging Face loaders give our classes: no flag, no code of the repository run.
 
-    DiffusionPipeline.from_pretrained(repo)   gives the installed `OneRewardMaskPipeline`
+    DiffusionPipeline.from_pretrained(repo)   gives the installed `OneRewardMaskPipeline`, or one of its two sisters
     AutoConfig / AutoModel.from_pretrained(repo)   give the installed `OneRewardConfig` / `OneRewardModel`
     pipeline("image-reward", model=repo)   gives the installed `ImageRewardPipeline`
 
@@ -10,14 +10,20 @@ repository's `pipeline.py` (and to ask for `trust_remote_code=True` first); a re
 method. We wrap these two methods: when the file names a class of ours, the installed class is made known before the
 method returns. Files that name anything else pass through as they are.
 
+`DiffusionPipeline.from_pretrained` is wrapped too. A repository of ours it passes on to the installed class, which
+reads weights from safetensors alone; by itself it would take pickles where there is nothing else.
+
 The wrapping happens right after the library's module has been imported, now or later, so that `import onereward` does
 not have to import the library. Only the standard library is needed here.
 """
 
+import functools
+import json
 import sys
+from pathlib import Path
 
 
-PIPELINE_CLASS = "OneRewardMaskPipeline"
+PIPELINE_CLASSES = ("OneRewardMaskPipeline", "OneRewardFluxFillPipeline", "OneRewardSD3InpaintPipeline")
 MODEL_TYPE = "onereward"
 
 
@@ -27,25 +33,71 @@ def _wrap_classmethod(owner, name, after):
     if hasattr(original, "_onereward"):
         return
 
+    @functools.wraps(original)
     def wrapper(cls, *args, **kwargs):
         result = original(cls, *args, **kwargs)
         after(result)
         return result
 
-    wrapper.__name__, wrapper.__qualname__, wrapper.__doc__ = name, original.__qualname__, original.__doc__
-    wrapper.__module__ = original.__module__
     wrapper._onereward = True
     setattr(owner, name, classmethod(wrapper))
 
 
 def _name_installed_pipeline(model_index):
-    class_name = model_index.get("_class_name")
-    if class_name == PIPELINE_CLASS or (isinstance(class_name, list) and class_name[1:] == [PIPELINE_CLASS]):
-        from onereward.pipelines import OneRewardMaskPipeline
-
+    class_name = _named_class(model_index)
+    if class_name in PIPELINE_CLASSES:
         # diffusers looks a plain class name up as an attribute of its own top-level module
-        sys.modules["diffusers"].OneRewardMaskPipeline = OneRewardMaskPipeline
-        model_index["_class_name"] = PIPELINE_CLASS
+        setattr(sys.modules["diffusers"], class_name, _installed_pipeline(class_name))
+        model_index["_class_name"] = class_name
+
+
+def _installed_pipeline(class_name):
+    import onereward.pipelines
+
+    return getattr(onereward.pipelines, class_name)
+
+
+def _named_class(model_index):
+    """The name of the pipeline's class, from `["pipeline", "Name"]` or plain."""
+    class_name = model_index.get("_class_name")
+    return class_name[1] if isinstance(class_name, list) and len(class_name) == 2 else class_name
+
+
+def _read_model_index(name, kwargs):
+    """The model_index.json of a folder or repository, empty where it cannot be read."""
+    from huggingface_hub import hf_hub_download
+
+    where = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in kwargs}
+    try:
+        path = Path(name, "model_index.json")
+        if not Path(name).is_dir():
+            path = Path(hf_hub_download(str(name), "model_index.json", **where))
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no such name, file or JSON: diffusers finds out as well, and says what is wrong
+        return {}
+
+
+def _pass_our_pipelines_on(plain):
+    """Let `DiffusionPipeline.from_pretrained` call that of the installed class, for repositories of ours."""
+    original = plain.__dict__["from_pretrained"].__func__
+    if hasattr(original, "_onereward"):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        if cls is plain:
+            class_name = _named_class(_read_model_index(pretrained_model_name_or_path, kwargs))
+            if class_name in PIPELINE_CLASSES:
+                return _installed_pipeline(class_name).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return original(cls, pretrained_model_name_or_path, **kwargs)
+
+    from_pretrained._onereward = True
+    plain.from_pretrained = classmethod(from_pretrained)
+
+
+def _patch_diffusers(module):
+    _wrap_classmethod(module.DiffusionPipeline, "_dict_from_json_file", _name_installed_pipeline)
+    _pass_our_pipelines_on(module.DiffusionPipeline)
 
 
 def _register_reward_model(config_and_kwargs):
@@ -58,9 +110,7 @@ def _register_reward_model(config_and_kwargs):
 
 # module -> what to do right after it has been executed
 _PATCHES = {
-    "diffusers.pipelines.pipeline_utils": lambda module: _wrap_classmethod(
-        module.DiffusionPipeline, "_dict_from_json_file", _name_installed_pipeline
-    ),
+    "diffusers.pipelines.pipeline_utils": _patch_diffusers,
     "transformers.configuration_utils": lambda module: _wrap_classmethod(
         module.PreTrainedConfig, "get_config_dict", _register_reward_model
     ),

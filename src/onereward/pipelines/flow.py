@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 
-from onereward.pipelines.pipeline_onereward_mask import TASK_PROMPTS, _mask, _output, _pixels, _size
+from .pipeline_onereward_mask import TASK_PROMPTS, _mask, _output, _pixels, _size
 
 
 @dataclasses.dataclass

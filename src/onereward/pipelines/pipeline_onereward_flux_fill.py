@@ -1,6 +1,10 @@
 # Copyright 2026 The OneReward authors. Licensed under the Apache License, Version 2.0.
 # Research use only, not for clinical use.
-"""Mask-guided generation of medical images with FLUX.1 Fill, by the contract of `OneRewardMaskPipeline`."""
+"""Mask-guided generation of medical images with FLUX.1 Fill, by the contract of `OneRewardMaskPipeline`.
+
+It travels with the weights, with the files beside it that it imports, so that
+`DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` works without the `onereward` package.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,12 +24,8 @@ from diffusers.pipelines.flux.pipeline_flux_fill import calculate_shift, retriev
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from onereward.pipelines.flow import generate, read_inputs
-from onereward.pipelines.pipeline_onereward_mask import (
-    MaskConditions,
-    OneRewardMaskPipeline,
-    _safetensors_only,
-)
+from .flow import generate, read_inputs
+from .pipeline_onereward_mask import HubLoading, MaskConditions, OneRewardMaskPipeline
 
 
 EXAMPLE_DOC_STRING = """
@@ -60,7 +60,7 @@ class FluxFillConditions(MaskConditions):
     pooled_prompt_embeds: torch.Tensor
 
 
-class OneRewardFluxFillPipeline(FluxFillPipeline):
+class OneRewardFluxFillPipeline(HubLoading, FluxFillPipeline):
     r"""
     [`~diffusers.FluxFillPipeline`] that leaves every pixel outside the mask exactly as it was, and that the trainers
     can tune. Research use only, not for clinical use.
@@ -86,6 +86,9 @@ class OneRewardFluxFillPipeline(FluxFillPipeline):
             The denoiser, with `4 * (2c + f * f)` input channels for `c` latent channels and a VAE that shrinks by `f`.
     """
 
+    HUB_MODULE = "pipeline_onereward_flux_fill"
+    HUB_SIBLINGS = ("flow", "pipeline_onereward_mask")
+
     def __init__(
         self,
         scheduler: FlowMatchEulerDiscreteScheduler,
@@ -109,18 +112,6 @@ class OneRewardFluxFillPipeline(FluxFillPipeline):
                 f"reads {wanted}: latents, masked image and mask. Load a Fill checkpoint, such as "
                 f"'black-forest-labs/FLUX.1-Fill-dev'."
             )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """
-        As [`~diffusers.DiffusionPipeline.from_pretrained`], but weights are read from safetensors alone; pickles need
-        `use_safetensors=False`.
-        """
-        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
-
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
-        """As in [`~diffusers.FluxFillPipeline`], with safetensors as in `from_pretrained`."""
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **_safetensors_only(kwargs))
 
     # ------------------------------------------------------------------------------------------------- conditions
 

@@ -10,6 +10,7 @@ imports nothing but torch, diffusers, transformers, numpy and PIL.
 import dataclasses
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput, StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
+from diffusers.utils.hub_utils import _get_model_file
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -118,8 +121,111 @@ class MaskConditions:
         return type(conditions[0])(**columns)
 
 
+class HubLoading:
+    r"""
+    What the pipelines of this package have in common on the Hub: weights are read from safetensors alone, and the code
+    travels with the weights, so that `DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` works where the
+    package is not installed. Where it is, that copy is never run.
+
+    A class sets `HUB_MODULE`, the name of its file in the repository, and `HUB_SIBLINGS`, those of the files beside it
+    that it imports.
+    """
+
+    HUB_MODULE: str
+    HUB_SIBLINGS: tuple[str, ...] = ()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        As [`~diffusers.DiffusionPipeline.from_pretrained`], but weights are read from safetensors alone; pickles need
+        `use_safetensors=False`.
+
+        Raises:
+            `OSError`: when there is no such pipeline, or when weights of it are there as pickles only.
+        """
+        kwargs = {"use_safetensors": True, **kwargs}
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            missing = re.search(r"necessary `safetensors` weights|no file named \S+\.safetensors", str(error))
+            if not kwargs["use_safetensors"] or missing is None:
+                raise
+            raise OSError(
+                f"{str(pretrained_model_name_or_path)!r} does not hold all its weights as safetensors, and nothing "
+                "else is read: a pickle (.bin, .pt, .ckpt) can run code. Ask its authors for safetensors, or, if you "
+                "trust them, load it once with `use_safetensors=False` and write it anew with `save_pretrained`."
+            ) from error
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
+        """
+        As in the pipelines of diffusers, but weights are read from safetensors alone; pickles need
+        `use_safetensors=False`. `pytorch_lora_weights.safetensors`, the name that diffusers writes, is looked for
+        first: so `revision` and `token` count from the start, and the cache will do where there is no network.
+
+        Raises:
+            `OSError`: when there is no such adapter, or when it is there as a pickle only.
+            `ValueError`: when nothing in the file was made for this pipeline.
+        """
+        kwargs = {"use_safetensors": True, **kwargs}
+        weight_name, name = kwargs.get("weight_name"), pretrained_model_name_or_path_or_dict
+        if kwargs["use_safetensors"] and weight_name and not weight_name.endswith(".safetensors"):
+            raise ValueError(  # diffusers would unpickle it all the same
+                f"`weight_name` is {weight_name!r}, which is no safetensors file. Convert it, or pass "
+                "`use_safetensors=False` if you trust whoever made it: a pickle can run code."
+            )
+        if kwargs["use_safetensors"] and not weight_name and not isinstance(name, dict):
+            kwargs["weight_name"] = _lora_file(name, kwargs)
+        before = self.get_list_adapters()
+        super().load_lora_weights(name, adapter_name, **kwargs)
+        if self.get_list_adapters() == before and not kwargs.get("hotswap"):  # diffusers says nothing
+            raise ValueError(
+                f"Nothing in {'the given weights' if isinstance(name, dict) else repr(str(name))} was made for this "
+                f"pipeline ({type(self).__name__}), and no adapter was loaded. If it was written by PEFT, use "
+                "`PeftModel.from_pretrained` on the denoiser."
+            )
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        # The repository names its own copy of this file. Called on the installed class, that copy is never executed.
+        config = super()._dict_from_json_file(json_file)
+        if isinstance(config.get("_class_name"), (list, tuple)):
+            config["_class_name"] = config["_class_name"][1]
+        return config
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
+        # `save_pretrained` calls this last, before it uploads: the place to let the code travel with the weights.
+        super().save_config(save_directory)
+        path = Path(save_directory) / self.config_name
+        index = json.loads(path.read_text())
+        index["_class_name"] = [self.HUB_MODULE, type(self).__name__]
+        index.pop("_name_or_path", None)
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for config_path in path.parent.glob("*/config.json"):  # diffusers notes where each was loaded from: our disk
+            config = json.loads(config_path.read_text())
+            if config.pop("_name_or_path", None) is not None:
+                config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        source = Path(inspect.getsourcefile(type(self)))
+        files = {self.HUB_MODULE: source} | {name: source.with_name(f"{name}.py") for name in self.HUB_SIBLINGS}
+        for name, file in files.items():
+            target = path.with_name(f"{name}.py")
+            if file.resolve() != target.resolve():
+                shutil.copyfile(file, target)
+
+
+def _lora_file(name, kwargs: dict) -> str | None:
+    """The name that diffusers gives to LoRA weights, where the folder or repository `name` has such a file."""
+    where = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+    try:
+        _get_model_file(
+            name, weights_name=LORA_WEIGHT_NAME_SAFE, **{key: kwargs[key] for key in where if key in kwargs}
+        )
+    except OSError:  # it may have another name; diffusers looks for it, or says what is wrong
+        return None
+    return LORA_WEIGHT_NAME_SAFE
+
+
 class OneRewardMaskPipeline(
-    DiffusionPipeline, StableDiffusionMixin, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin
+    HubLoading, DiffusionPipeline, StableDiffusionMixin, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin
 ):
     r"""
     Pipeline that repaints the masked part of a medical image as a prompt and a label map ask, and leaves every pixel
@@ -150,7 +256,7 @@ class OneRewardMaskPipeline(
             `{"background": 0, "NCR": 1, "ED": 2, "ET": 3}`. Needed by the layout of `2c + 1 + K` channels.
     """
 
-    HUB_MODULE = "pipeline"  # the name under which this file travels with the weights
+    HUB_MODULE = "pipeline"
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "mask", "masked_image_latents"]
@@ -179,44 +285,6 @@ class OneRewardMaskPipeline(
                 f"`unet.config.in_channels` is {unet.config.in_channels}, but with {c} latent channels and {k} labels "
                 f"it must be one of {sorted(layouts)}. Pass the `labels` that the denoiser was trained with."
             )
-
-    # ------------------------------------------------------------------------------------------------ Hub loading
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """
-        As [`~diffusers.DiffusionPipeline.from_pretrained`], but weights are read from safetensors alone; pickles need
-        `use_safetensors=False`.
-        """
-        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
-
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
-        """As in the Stable Diffusion pipelines, with safetensors as in `from_pretrained`."""
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **_safetensors_only(kwargs))
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file):
-        # The repository names its own copy of this file. Called on the installed class, that copy is never executed.
-        config = super()._dict_from_json_file(json_file)
-        if isinstance(config.get("_class_name"), (list, tuple)):
-            config["_class_name"] = config["_class_name"][1]
-        return config
-
-    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
-        # `save_pretrained` calls this last, before it uploads: the place to let this file travel with the weights.
-        super().save_config(save_directory)
-        path = Path(save_directory) / self.config_name
-        index = json.loads(path.read_text())
-        index["_class_name"] = [self.HUB_MODULE, type(self).__name__]
-        index.pop("_name_or_path", None)
-        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        for config_path in path.parent.glob("*/config.json"):  # diffusers notes where each was loaded from: our disk
-            config = json.loads(config_path.read_text())
-            if config.pop("_name_or_path", None) is not None:
-                config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        source, target = Path(inspect.getsourcefile(type(self))), path.with_name(f"{self.HUB_MODULE}.py")
-        if source.resolve() != target.resolve():
-            shutil.copyfile(source, target)
 
     # ------------------------------------------------------------------------------------------------- conditions
 
@@ -769,18 +837,6 @@ class OneRewardMaskPipeline(
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     __call__.__doc__ += EXAMPLE_DOC_STRING
-
-
-def _safetensors_only(kwargs: dict) -> dict:
-    """Arguments of `load_lora_weights`, such that no pickle is read unless asked for."""
-    kwargs = {"use_safetensors": True, **kwargs}
-    weight_name = kwargs.get("weight_name")
-    if kwargs["use_safetensors"] and weight_name and not weight_name.endswith(".safetensors"):
-        raise ValueError(  # diffusers would unpickle it all the same
-            f"`weight_name` is {weight_name!r}, which is no safetensors file. Convert it, or pass "
-            "`use_safetensors=False` if you trust whoever made it: a pickle can run code."
-        )
-    return kwargs
 
 
 # ------------------------------------------------------------------------------------------------ pixels in and out

@@ -1,6 +1,10 @@
 # Copyright 2026 The OneReward authors. Licensed under the Apache License, Version 2.0.
 # Research use only, not for clinical use.
-"""Mask-guided generation of medical images with Stable Diffusion 3, by the contract of `OneRewardMaskPipeline`."""
+"""Mask-guided generation of medical images with Stable Diffusion 3, by the contract of `OneRewardMaskPipeline`.
+
+It travels with the weights, with the files beside it that it imports, so that
+`DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` works without the `onereward` package.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -29,8 +33,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from onereward.pipelines.flow import generate, read_inputs
-from onereward.pipelines.pipeline_onereward_mask import MaskConditions, OneRewardMaskPipeline, _safetensors_only
+from .flow import generate, read_inputs
+from .pipeline_onereward_mask import HubLoading, MaskConditions, OneRewardMaskPipeline
 
 
 EXAMPLE_DOC_STRING = """
@@ -64,7 +68,7 @@ class SD3Conditions(MaskConditions):
     negative_pooled_prompt_embeds: torch.Tensor | None = None
 
 
-class OneRewardSD3InpaintPipeline(StableDiffusion3InpaintPipeline):
+class OneRewardSD3InpaintPipeline(HubLoading, StableDiffusion3InpaintPipeline):
     r"""
     [`~diffusers.StableDiffusion3InpaintPipeline`] that leaves every pixel outside the mask exactly as it was, and that
     the trainers can tune. Research use only, not for clinical use.
@@ -104,6 +108,8 @@ class OneRewardSD3InpaintPipeline(StableDiffusion3InpaintPipeline):
             Not used either.
     """
 
+    HUB_MODULE = "pipeline_onereward_sd3_inpaint"
+    HUB_SIBLINGS = ("flow", "pipeline_onereward_mask")
     _optional_components = [*StableDiffusion3InpaintPipeline._optional_components, "text_encoder_3", "tokenizer_3"]
 
     def __init__(
@@ -146,18 +152,6 @@ class OneRewardSD3InpaintPipeline(StableDiffusion3InpaintPipeline):
                 f"it must be {c} (latents alone) or {2 * c + 1} (latents, mask and masked image). Load the `vae` that "
                 f"the transformer was trained with."
             )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """
-        As [`~diffusers.DiffusionPipeline.from_pretrained`], but weights are read from safetensors alone; pickles need
-        `use_safetensors=False`.
-        """
-        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
-
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
-        """As in [`~diffusers.StableDiffusion3InpaintPipeline`], with safetensors as in `from_pretrained`."""
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **_safetensors_only(kwargs))
 
     # ------------------------------------------------------------------------------------------------- conditions
 

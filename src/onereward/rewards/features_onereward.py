@@ -1,3 +1,5 @@
+# Copyright 2026 The OneReward authors. Licensed under the Apache License, Version 2.0.
+# Research use only, not for clinical use.
 """What is to be seen of a repainted image without any training: its detail at several scales, by region."""
 
 import torch

@@ -1,3 +1,5 @@
+# Copyright 2026 The OneReward authors. Licensed under the Apache License, Version 2.0.
+# Research use only, not for clinical use.
 """`transformers.pipeline("image-reward")`: pictures in, rewards out."""
 
 import numpy as np

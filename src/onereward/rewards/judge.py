@@ -272,7 +272,8 @@ def load_processor(name_or_path: str | os.PathLike, **kwargs) -> ProcessorMixin:
     Returns:
         `transformers.ProcessorMixin`
     """
-    whole = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(name_or_path)), None)
+    config = AutoConfig.from_pretrained(name_or_path, revision=kwargs.get("revision"))
+    whole = PROCESSOR_MAPPING.get(type(config), None)
     if whole is None or "video_processor" not in whole.get_attributes():
         return AutoProcessor.from_pretrained(name_or_path, **kwargs)
     return without_films(whole).from_pretrained(name_or_path, **kwargs)
@@ -448,6 +449,7 @@ class GenerativeJudge:
         cls,
         name_or_path: str | os.PathLike,
         *,
+        revision: str | None = None,
         is_trainable: bool = False,
         model_kwargs: dict | None = None,
         processor_kwargs: dict | None = None,
@@ -460,6 +462,8 @@ class GenerativeJudge:
         Args:
             name_or_path (`str` or `os.PathLike`):
                 Id on the Hub, or folder, of a model or of an adapter.
+            revision (`str`, *optional*):
+                Branch, tag or commit on the Hub; of an adapter its own, not that of the model it is for.
             is_trainable (`bool`, *optional*, defaults to `False`):
                 Whether the adapter is to be trained further.
             model_kwargs (`dict`, *optional*):
@@ -477,23 +481,25 @@ class GenerativeJudge:
         name = str(name_or_path)
 
         def find(file):
-            return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+            return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
 
         saved = find(JUDGE_CONFIG)
         saved = json.loads(Path(saved).read_text(encoding="utf-8")) if saved else {}
         base = name
         if find("adapter_config.json"):
-            base = PeftConfig.from_pretrained(name).base_model_name_or_path
+            base = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
             if not find("adapter_model.safetensors"):
                 raise ValueError(
                     f"`name_or_path` is {name!r}, an adapter without adapter_model.safetensors. Pickles are not read; "
                     "save it again with `save_pretrained`."
                 )
-        model = AutoModelForImageTextToText.from_pretrained(base, **{"use_safetensors": True, **(model_kwargs or {})})
+        of_base = {"revision": revision} if base == name else {}
+        model_kwargs = {"use_safetensors": True, **of_base, **(model_kwargs or {})}
+        model = AutoModelForImageTextToText.from_pretrained(base, **model_kwargs)
         if base != name:
-            model = PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
+            model = PeftModel.from_pretrained(model, name, revision=revision, is_trainable=is_trainable)
         processor_kwargs = {**saved.pop("processor_kwargs", {}), **(processor_kwargs or {})}
-        judge = cls(model.eval(), load_processor(base, **processor_kwargs), **{**saved, **options})
+        judge = cls(model.eval(), load_processor(base, **of_base, **processor_kwargs), **{**saved, **options})
         judge.processor_kwargs = processor_kwargs
         return judge
 

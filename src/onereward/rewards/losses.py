@@ -1,3 +1,5 @@
+# Copyright 2026 The OneReward authors. Licensed under the Apache License, Version 2.0.
+# Research use only, not for clinical use.
 """The likelihood of an answer: of a vote on a pair, Bradley-Terry with ties after Davidson, and of a rating."""
 
 import numpy as np

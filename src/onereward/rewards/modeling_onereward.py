@@ -1,3 +1,5 @@
+# Copyright 2026 The OneReward authors. Licensed under the Apache License, Version 2.0.
+# Research use only, not for clinical use.
 import copy
 import os
 import re
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from .configuration_onereward import OneRewardConfig
 from .features_onereward import (
@@ -526,8 +528,44 @@ class OneRewardModel(PreTrainedModel):
         """
         As [`~transformers.PreTrainedModel.from_pretrained`], but weights are read from safetensors alone; pickles need
         `use_safetensors=False`.
+
+        Raises:
+            `OSError`: when there is no such model, or when its weights are there as pickles only.
         """
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **{"use_safetensors": True, **kwargs})
+        kwargs = {"use_safetensors": True, **kwargs}
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except OSError as error:
+            missing = re.search(r"no file named model\.safetensors|cannot be loaded with `safetensors`", str(error))
+            if not kwargs["use_safetensors"] or missing is None:
+                raise
+            raise OSError(  # transformers advises to take the pickle
+                f"{str(pretrained_model_name_or_path)!r} does not hold its weights as safetensors, and nothing else "
+                "is read: a pickle (.bin, .pt, .ckpt) can run code. Ask its authors for safetensors, or, if you trust "
+                "them, load it once with `use_safetensors=False` and write it anew with `save_pretrained`."
+            ) from error
+
+    def load_adapter(self, peft_model_id: str | None = None, *args, load_config=None, adapter_kwargs=None, **kwargs):
+        """
+        As in transformers, but from `adapter_model.safetensors` alone, a pickle is neither downloaded nor read. Called
+        by [`from_pretrained`], where a repository has an adapter.
+
+        Raises:
+            `OSError`: when the adapter is there as a pickle only.
+        """
+        if peft_model_id is not None and (load_config is None or load_config.use_safetensors is not False):
+            where = {**(load_config.download_kwargs if load_config else {}), **(adapter_kwargs or {})}
+            file = cached_file(
+                peft_model_id, "adapter_model.safetensors", **where, _raise_exceptions_for_missing_entries=False
+            )
+            if file is None:
+                raise OSError(
+                    f"{str(peft_model_id)!r} has an adapter, but no adapter_model.safetensors, and nothing else is "
+                    "read: a pickle (.bin, .pt, .ckpt) can run code. Ask its authors for safetensors."
+                )
+        return super().load_adapter(
+            peft_model_id, *args, load_config=load_config, adapter_kwargs=adapter_kwargs, **kwargs
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """
@@ -553,7 +591,7 @@ def _words(prompt: str) -> list[str]:
 
 
 def model_card(config: OneRewardConfig) -> str:
-    """The README.md of a published reward model."""
+    """A README.md that says what the folder holds. The trainer and `onereward publish` write the whole card."""
     return f"""---
 library_name: transformers
 pipeline_tag: image-classification
@@ -564,25 +602,15 @@ tags:
 - medical-imaging
 ---
 
+<!-- A stub: `onereward publish` writes the whole card in its place. -->
+
 # OneReward reward model
 
 **Research use only, not for clinical use.**
 
 Judges the repainted part of a medical image by {len(config.criteria)} criteria ({", ".join(config.criteria)}), for
 the tasks {", ".join(config.tasks)}. Input: {config.image_size}x{config.image_size} pixels, {config.image_channels}
-channel(s). Trained on pairwise votes with the Bradley-Terry model with ties (Davidson, 1970). A reward is relative:
-mean 0, standard deviation 1 over the training images, higher is better; compare images of one condition only.
-
-```python
-import onereward  # pip install onereward; without it, pass trust_remote_code=True
-from transformers import AutoModel
-
-model = AutoModel.from_pretrained("path/or/repo")
-rewards = model.score(images, masks, sources, label_maps, prompts, tasks)  # dict: criterion -> (B,)
-```
-
-The raters of the training votes decide what this model likes. It can be fooled by images unlike those it was trained
-on; look at the images, and measure with something that was never a reward.
+channel(s). A reward is relative: compare images of one condition only.
 """
 
 
