@@ -10,7 +10,11 @@ import json
 from pathlib import Path
 
 from onereward import LABELS
-from onereward.hub.cards import pipeline_card, save_card, source_commit
+from onereward.hub.cards import pipeline_card, save_card
+from onereward.hub.environment import source_commit
+
+
+EXAMPLES = "images/examples.png"
 
 
 def main():
@@ -19,14 +23,25 @@ def main():
     parser.add_argument("--fill", type=Path, required=True, help="last line of benchmarks/fill_dice.py")
     parser.add_argument("--remove", type=Path, required=True, help="last line of benchmarks/remove_vs_biharmonic.py")
     parser.add_argument("--training", type=Path, required=True, help="Markdown: how the weights were trained")
+    parser.add_argument("--commit", default=source_commit(), help="of the code that the weights were measured with")
     options = parser.parse_args()
 
     fill, remove = json.loads(options.fill.read_text()), json.loads(options.remove.read_text())
     evaluation = {
-        f"fill: Dice of {region}": {"value": entry["generated"], "reference": entry["real"], "n": entry["n"]}
+        f"fill: Dice of {region}": {
+            "value": entry["generated"],
+            "reference": entry["real"],
+            "against the reference, 95 % interval": f"{entry['ratio']:.3f} times ({_range(entry['ci95'])})",
+            "n": entry["n"],
+        }
         for region, entry in fill["regions"].items()
     } | {
-        name.replace("_", ": "): {"value": entry["pipeline"], "reference": entry["biharmonic"], "n": entry["n"]}
+        name.replace("_", ": "): {
+            "value": entry["pipeline"],
+            "reference": entry["biharmonic"],
+            "against the reference, 95 % interval": f"{entry['difference']:+.3f} ({_range(entry['ci95'])})",
+            "n": entry["n"],
+        }
         for name, entry in remove["measures"].items()
     }
     card = pipeline_card(
@@ -37,9 +52,12 @@ def main():
         evaluation=evaluation,
         eval_dataset=(
             f"{fill['cases']} unseen cases of the phantom in four contrasts, {fill['steps']} steps, guidance "
-            f"{fill['guidance_scale']:g}. "
-            "The reference of a Dice is that of the same judge on the real slices, the reference of `remove` is "
-            "biharmonic inpainting"
+            f"{fill['guidance_scale']:g}"
+        ),
+        evaluation_note=(
+            "Dice: what the held-out judge finds in the picture, against what was asked for; its reference is that of "
+            "the same judge on the real slices. The reference of `remove` is biharmonic inpainting. Intervals are by "
+            "case."
         ),
         command="make base",
         seed=0,
@@ -48,9 +66,14 @@ def main():
             "It cannot do what no slice of the phantom shows: no skull, no treatment effects, no other disease.",
         ],
         example_prompt="Axial T1-weighted post-contrast MRI of the head with a ring-enhancing tumour",
-        commit=source_commit(),
+        picture=EXAMPLES if (options.pipeline / EXAMPLES).is_file() else None,
+        commit=options.commit,
     )
     save_card(card, options.pipeline)
+
+
+def _range(ends: list[float]) -> str:
+    return f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from onereward.evaluation.counterfactual import (
 from onereward.evaluation.heldout import generate_images
 from onereward.evaluation.segmenter import load_segmenter
 from onereward.hub.adapters import load_adapter
-from onereward.hub.cards import current_environment
+from onereward.hub.environment import current_environment
 
 
 REFERENCE_CASES = 200  # of the training split, to copy regions from and to take the greys of the labels from

@@ -1,28 +1,40 @@
 """Cards of what we publish: Jinja templates of `model_cards/`, filled without a network, the same bytes each time."""
 
 import json
-import platform
-import subprocess
+import os
+import re
+import shlex
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import numpy as np
+from huggingface_hub import (
+    DatasetCard,
+    EvalResult,
+    ModelCard,
+    ModelCardData,
+    SpaceCard,
+)
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from onereward.data.whole_file import whole_file
+from onereward.hub.environment import PACKAGE, current_environment
+from onereward.hub.gallery import PICTURE
+from onereward.hub.provenance import plain_command
+from onereward.preferences.agreement import Estimate
 
 
-# In a wheel the templates lie inside the package, in a checkout at the top of the repository.
-PACKAGE = Path(__file__).resolve().parents[1]
 TEMPLATES = PACKAGE / "model_cards" if (PACKAGE / "model_cards").is_dir() else PACKAGE.parents[1] / "model_cards"
-
-STACK = ("torch", "diffusers", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "onereward")
 
 TAGS = ["onereward", "medical-imaging"]
 
+NOTICE = "Research use only, not for clinical use."
 
-def adapter_card(name, base_model, *, raters=None, num_votes=None, **fields):
+# In a card that `OneRewardModel.save_pretrained` wrote, which knows too little: `published_card` makes a whole one.
+STUB = "<!-- A stub: `onereward publish` writes the whole card in its place. -->"
+
+
+def adapter_card(name, base_model, *, raters=None, num_votes=None, denoiser="unet", **fields):
     """
     Card of a LoRA adapter tuned on preferences.
 
@@ -40,13 +52,18 @@ def adapter_card(name, base_model, *, raters=None, num_votes=None, **fields):
             says that it records no votes.
         num_votes (`int`, *optional*):
             Number of votes, when there are raters.
+        agreement (`dict[str, Estimate]`, *optional*):
+            How far the raters agree by each criterion, see [`vote_agreement`].
         evaluation (`dict[str, dict]`):
-            Measure -> its figures, e.g. `{"ssim": {"before": 0.71, "after": 0.74, "ci95": [0.72, 0.76]}}`. Each key
-            becomes a column, a pair a range.
+            Measure -> its figures, e.g. `{"ssim": {"before": 0.71, "after": 0.74, "95 % interval": [0.72, 0.76],
+            "n": 96}}`, or a [`~onereward.evaluation.bootstrap.Measured`]. Each key becomes a column, a pair a range.
+            `reward` and `rewards/...` are what it was tuned for: they are kept apart, and out of the `model-index`.
         eval_dataset (`str`):
             The data of the evaluation, as in "128 unseen conditions of the phantom".
+        evaluation_note (`str`, *optional*):
+            What a reader must know to read the figures.
         command (`str`):
-            The exact command that makes the adapter.
+            The command that makes the adapter. Names of local files are left out of the card.
         seed (`int`):
             Its seed.
         limits (`list[str]`):
@@ -56,7 +73,11 @@ def adapter_card(name, base_model, *, raters=None, num_votes=None, **fields):
         datasets (`list[str]`, *optional*, defaults to `()`):
             Ids of data sets on the Hub.
         widget (`list[dict]`, *optional*, defaults to `()`):
-            Pictures of the gallery, `{"text": prompt, "output": {"url": "images/0.png"}}` each.
+            Pictures of the gallery, as [`write_gallery`] returns them. The grid that it wrote goes on top.
+        denoiser (`str`, *optional*, defaults to `"unet"`):
+            Name of the denoiser in the pipeline, `"unet"` or `"transformer"`.
+        pipeline_class (`str`, *optional*, defaults to `"OneRewardMaskPipeline"`):
+            Class of the pipeline.
         commit (`str`, *optional*):
             Commit of the code, see [`source_commit`].
         environment (`dict[str, str]`, *optional*):
@@ -66,8 +87,11 @@ def adapter_card(name, base_model, *, raters=None, num_votes=None, **fields):
 
     Returns:
         `huggingface_hub.ModelCard`.
+
+    Raises:
+        ValueError: when a figure of `evaluation` has no number of images `n`, and `eval_dataset` names none.
     """
-    return _card(
+    return _model_card(
         "adapter",
         name,
         headline="after",
@@ -76,26 +100,29 @@ def adapter_card(name, base_model, *, raters=None, num_votes=None, **fields):
         tags=["lora", "template:diffusion-lora", "ddpo", "inpainting", *TAGS],
         base_model=base_model,
         base_model_relation="adapter",
-        **_who_voted(raters, num_votes),
+        base_link=link(base_model),
+        denoiser=denoiser,
+        **who_voted(raters, num_votes),
         **fields,
     )
 
 
 def pipeline_card(name, *, labels=None, base_model=None, **fields):
     """
-    Card of a pipeline that was trained without preferences. Arguments as in [`adapter_card`], without `raters` and
-    `num_votes`, and:
+    Card of a pipeline. Arguments as in [`adapter_card`], without `raters`, `num_votes` and `denoiser`, and:
 
     Args:
         labels (`dict[str, int]`, *optional*):
             Label names and values that the pipeline knows.
         base_model (`str`, *optional*):
             The checkpoint that the training started from; `None` when it started from scratch.
+        picture (`str`, *optional*):
+            File of an example grid in the repository, for the top.
 
     Returns:
         `huggingface_hub.ModelCard`.
     """
-    return _card(
+    return _model_card(
         "pipeline",
         name,
         headline="value",
@@ -111,13 +138,17 @@ def pipeline_card(name, *, labels=None, base_model=None, **fields):
 
 def reward_model_card(name, criteria, *, raters, num_votes, **fields):
     """
-    Card of a reward model. Arguments as in [`adapter_card`], without `base_model` and `example_prompt`, and:
+    Card of a reward model. Arguments as in [`adapter_card`], without `base_model` and `denoiser`, and:
 
     Args:
         raters (`dict[str, int]`):
             Required here: a model of preferences must say whose they are.
         criteria (`list[str]`):
             The heads. `evaluation` has a row for each, e.g. `{"quality": {"pair_accuracy": 0.86, "ceiling": 0.9}}`.
+        image_size (`int`, *optional*):
+            Height and width of the pictures that it judges, in pixels.
+        example_task (`str`, *optional*, defaults to `"fill"`):
+            Task of the code example.
 
     Returns:
         `huggingface_hub.ModelCard`.
@@ -127,7 +158,11 @@ def reward_model_card(name, criteria, *, raters, num_votes, **fields):
             f"`raters` is {raters}, but the card of a reward model must say whose preferences it learned: role -> "
             'number of raters, e.g. {"simulated": 5} or {"radiologist": 3}.'
         )
-    return _card(
+    return reward_card_of_config(name, criteria, **who_voted(raters, num_votes), **fields)
+
+
+def reward_card_of_config(name, criteria, *, image_size=None, example_task="fill", **fields):
+    return _model_card(
         "reward_model",
         name,
         headline="pair_accuracy",
@@ -135,12 +170,13 @@ def reward_model_card(name, criteria, *, raters, num_votes, **fields):
         library_name="transformers",
         tags=["reward-model", *TAGS],
         criteria=criteria,
-        **_who_voted(raters, num_votes),
+        example_task=example_task,
+        size_note=f", {image_size} x {image_size} pixels" if image_size else "",
         **fields,
     )
 
 
-def _card(
+def _model_card(
     template,
     name,
     *,
@@ -150,17 +186,45 @@ def _card(
     tags,
     evaluation,
     eval_dataset,
+    command,
     base_model=None,
     base_model_relation=None,
     license="apache-2.0",
     datasets=(),
     widget=(),
+    picture=None,
+    agreement=None,
+    pipeline_class="OneRewardMaskPipeline",
+    example_prompt="",
     commit=None,
     environment=None,
     **fields,
 ):
+    evaluation = {measure: columns_of(figures) for measure, figures in evaluation.items()}
+    signal = {measure: figures for measure, figures in evaluation.items() if re.match(r"reward$|rewards/", measure)}
+    results = {measure: figures for measure, figures in evaluation.items() if measure not in signal}
+    for measure, figures in results.items():
+        if "n" not in figures and not re.search(r"\d", eval_dataset):
+            raise ValueError(
+                f"`evaluation` has figures of {measure!r} without `n`, and `eval_dataset` is {eval_dataset!r}: say on "
+                "how many images, or pairs, they rest."
+            )
+    eval_results = [
+        EvalResult(
+            task_type=task[0],
+            task_name=task[1],
+            dataset_type="phantom" if "phantom" in eval_dataset else "custom",
+            dataset_name=eval_dataset,
+            metric_type=_metric(measure, headline),
+            metric_name=measure.replace("_", " "),
+            metric_value=figures[headline],
+            metric_args={column: figure for column, figure in figures.items() if column != headline} or None,
+        )
+        for measure, figures in results.items()
+        if figures.get(headline) is not None
+    ]
     metadata = ModelCardData(
-        model_name=name,
+        model_name=name if eval_results else None,
         license=license,
         library_name=library_name,
         pipeline_tag=task[0],
@@ -168,19 +232,10 @@ def _card(
         base_model=base_model,
         base_model_relation=base_model_relation,
         datasets=list(datasets) or None,
+        metrics=sorted({_metric(measure, headline) for measure in results}) or None,
+        rewards=sorted({measure.split("/")[1] for measure in signal if "/" in measure}) or None,
         widget=list(widget) or None,
-        eval_results=[
-            EvalResult(
-                task_type=task[0],
-                task_name=task[1],
-                dataset_type="phantom" if "phantom" in eval_dataset else "custom",
-                dataset_name=eval_dataset,
-                metric_type=measure,
-                metric_name=measure.replace("_", " "),
-                metric_value=figures[headline],
-            )
-            for measure, figures in evaluation.items()
-        ],
+        eval_results=eval_results or None,
     )
     return render_card(
         template,
@@ -188,15 +243,50 @@ def _card(
         name=name,
         base_model=base_model,
         widget=list(widget),
+        picture=picture or (PICTURE if widget else None),
         eval_dataset=eval_dataset,
-        evaluation_table=table(evaluation),
+        evaluation_table=table(results) if results else "",
+        signal_table=table(signal) if signal else "",
+        agreement_table=agreement_table(agreement) if agreement else "",
+        pipeline_class=pipeline_class,
+        example_prompt=example_prompt,
+        command=shown_command(command or ""),
         commit=commit,
         environment=current_environment() if environment is None else environment,
         **fields,
     )
 
 
-def _who_voted(raters, num_votes):
+def columns_of(figures) -> dict:
+    """Figures of one measure by column, those that are not finite as `None`."""
+    if not isinstance(figures, dict):  # Measured
+        figures = {"value": figures.value, "95 % interval": (figures.low, figures.high), "n": figures.n}
+
+    def finite(value):
+        if isinstance(value, (list, tuple)):
+            return None if any(finite(end) is None for end in value) else [finite(end) for end in value]
+        if isinstance(value, np.generic):
+            value = value.item()
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    return {column: finite(figure) for column, figure in figures.items()}
+
+
+def _metric(measure: str, headline: str) -> str:
+    """Type of a metric in the `model-index`. The rows of a reward model are criteria, measured in one way."""
+    return headline if headline == "pair_accuracy" else re.sub(r"\W+", "_", measure).strip("_")
+
+
+def link(repo_id: str) -> str:
+    return f"[{repo_id}](https://huggingface.co/{repo_id})" if on_the_hub(repo_id) else f"`{repo_id}`"
+
+
+def on_the_hub(name) -> bool:
+    """Whether a name can be that of a repository: `org/name`, and no folder here."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name))) and not os.path.exists(str(name))
+
+
+def who_voted(raters, num_votes):
     raters = raters or {}
     people = {role: count for role, count in raters.items() if role != "simulated"}
     return {
@@ -205,6 +295,68 @@ def _who_voted(raters, num_votes):
         "human_raters": sum(people.values()),
         "human_roles": sorted(people),
     }
+
+
+def agreement_table(agreement: dict[str, Estimate]) -> str:
+    """The result of [`vote_agreement`] as a Markdown table."""
+    rows = {
+        criterion: {"alpha": found.value, "95 % interval": (found.low, found.high), "items": found.items}
+        | ({"note": found.note} if any(other.note for other in agreement.values()) else {})
+        for criterion, found in agreement.items()
+    }
+    return table({criterion: columns_of(columns) for criterion, columns in rows.items()}, "criterion")
+
+
+def lines_outside_code(text: str):
+    """`(number, line)` of the lines that are in no block of code."""
+    inside = False
+    for number, line in enumerate(text.splitlines()):
+        if line.startswith("```"):
+            inside = not inside
+        elif not inside:
+            yield number, line
+
+
+def with_section(text: str, title: str, content: str) -> str:
+    """
+    Put a section into the text of a card.
+
+    Args:
+        text (`str`):
+            The text, Markdown.
+        title (`str`):
+            Title of the section.
+        content (`str`):
+            What it is to hold.
+
+    Returns:
+        `str`: the text with the section in place of the one of that title or, where there is none, before the section
+        "Citation" or at the end.
+
+    Example:
+
+    ```python
+    >>> from onereward.hub.cards import with_section
+
+    >>> print(with_section("# A card", "Thanks", "To all."))
+    # A card
+    <BLANKLINE>
+    ## Thanks
+    <BLANKLINE>
+    To all.
+    <BLANKLINE>
+    ```
+    """
+    lines = text.splitlines()
+    heads = [(number, line[3:].strip()) for number, line in lines_outside_code(text) if line.startswith("## ")]
+    numbers = [number for number, _ in heads] + [len(lines)]
+    at = next((i for i, (_, head) in enumerate(heads) if head == title), None)
+    if at is None:
+        first = last = next((number for number, head in heads if head == "Citation"), len(lines))
+    else:
+        first, last = numbers[at], numbers[at + 1]
+    before, after = "\n".join(lines[:first]).rstrip("\n"), "\n".join(lines[last:]).strip("\n")
+    return "\n\n".join(part for part in (before, f"## {title}\n\n{content.strip()}", after) if part) + "\n"
 
 
 def render_card(template, **fields):
@@ -219,8 +371,13 @@ def render_card(template, **fields):
             What the template asks for; `metadata` is the YAML of its front matter.
 
     Returns:
-        `huggingface_hub.ModelCard`.
+        `huggingface_hub.ModelCard`, `DatasetCard` or `SpaceCard`.
     """
+    kind = {"dataset": DatasetCard, "votes": DatasetCard, "space": SpaceCard}.get(template, ModelCard)
+    return kind(rendered(template, **fields))
+
+
+def rendered(template, **fields) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
@@ -229,7 +386,8 @@ def render_card(template, **fields):
         keep_trailing_newline=True,
     )
     environment.filters["quoted"] = partial(json.dumps, ensure_ascii=False)  # a string as Python and JSON write it
-    return ModelCard(environment.get_template(f"{template}.md.jinja").render(**fields))
+    text = environment.get_template(f"{template}.md.jinja").render(**fields)
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def save_card(card, folder):
@@ -238,9 +396,15 @@ def save_card(card, folder):
         card.save(partial_path)
 
 
-def table(rows):
+def table(rows, title="measure"):
     """
     Markdown table with a row for each measure and a column for each kind of figure.
+
+    Args:
+        rows (`dict[str, dict]`):
+            Row -> column -> figure, text or pair of figures.
+        title (`str`, *optional*, defaults to `"measure"`):
+            Head of the first column.
 
     Example:
 
@@ -254,7 +418,7 @@ def table(rows):
     ```
     """
     columns = list(dict.fromkeys(column for figures in rows.values() for column in figures))
-    lines = [["measure", *columns], ["---", *["---:"] * len(columns)]]
+    lines = [[title, *columns], ["---", *["---:"] * len(columns)]]
     lines += [[measure, *(_figure(figures.get(column)) for column in columns)] for measure, figures in rows.items()]
     return "\n".join("| " + " | ".join(line).replace("_", " ") + " |" for line in lines)
 
@@ -267,20 +431,14 @@ def _figure(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def current_environment():
-    """Versions of Python and of the packages that decide what a run gives, as `dict[str, str]`."""
-    versions = {"python": platform.python_version()}
-    for package in STACK:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # onereward itself, when run from a checkout that was not installed
-            continue
-    return versions
+def shown_command(command: str) -> str:
+    """A command without what is on this disk alone: names of local files and folders, but for code and settings."""
 
+    def shown(place, word):
+        option, _, value = word.rpartition("=")
+        local = os.path.exists(value) and Path(value).suffix not in (".py", ".yaml", ".yml")
+        if not local or (place < 2 and "/" not in word):  # `onereward data`, where there is a folder of that name
+            return word
+        return f"{option}=PATH" if option else "PATH"
 
-def source_commit():
-    """Commit of the checkout that the package is imported from, or `None` outside of a checkout."""
-    result = subprocess.run(
-        ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() if result.returncode == 0 else None
+    return plain_command([shown(place, word) for place, word in enumerate(shlex.split(command))])
