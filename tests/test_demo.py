@@ -14,6 +14,7 @@ from transformers import AutoModel
 from onereward import demo
 from onereward.data.phantom import load_phantom
 from onereward.demo import DemoSettings, one_condition_per_case, run_demo
+from onereward.hub.provenance import read_provenance, trace, write_provenance
 from onereward.preferences import CRITERIA, load_votes
 
 
@@ -97,8 +98,15 @@ def test_whole_loop_runs_on_images_from_a_folder(base, tmp_path):
     rows = rows.map(lambda row: {"modality": "mri", "label_map": PIL.Image.new("L", (64, 64))})
     parts = datasets.DatasetDict(train=rows.select(range(9)), test=rows.select(range(9, 12)))
     parts.save_to_disk(tmp_path / "rows")
+    write_provenance(tmp_path / "rows", "dataset", parents=[], agreements=["Ward 7: stays here"])
     report = run_demo(tmp_path / "run", DemoSettings(pipeline=base, data=str(tmp_path / "rows"), **SMALL))
     check_report(tmp_path / "run", report)
+    # the mark of the data has come to everything that was made from them
+    for name in ("votes.parquet", "pipeline", "reward_model", "adapter"):
+        record = read_provenance(tmp_path / "run" / name)
+        assert record["agreements"] == ["Ward 7: stays here"], name
+        assert str(tmp_path) not in json.dumps(record), name
+    assert "simulated raters" in str(trace(tmp_path / "run" / "adapter"))
     assert "sft" in report["seconds"] and not any(name.startswith("fill_dice") for name in report["heldout"])
 
 

@@ -29,11 +29,13 @@ class JudgeScriptArguments:
     """Model and data of `trainers/judge.py`."""
 
     dataset_name: str = field(metadata={"help": "Parquet file of votes, or a data set of votes on the Hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the votes on the Hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a data set on the Hub."})
     eval_fraction: float = field(default=0.2, metadata={"help": "Share of the cases to hold out."})
     model_name_or_path: str = field(
         default="Qwen/Qwen2.5-VL-7B-Instruct", metadata={"help": "Image-text-to-text model, or a judge to train on."}
     )
+    revision: str | None = field(default=None, metadata={"help": "Revision of that model on the Hub."})
     dtype: str = field(default="bfloat16", metadata={"help": "Of the weights that stay frozen."})
     processor_kwargs: dict | str | None = field(
         default=None,
@@ -55,12 +57,18 @@ class JudgeScriptArguments:
 
 def main(script_args: JudgeScriptArguments, args: JudgeConfig) -> None:
     torch.manual_seed(args.seed)
-    votes = load_votes(script_args.dataset_name, criteria=None, split=script_args.dataset_train_split)
+    votes = load_votes(
+        script_args.dataset_name,
+        criteria=None,
+        split=script_args.dataset_train_split,
+        revision=script_args.dataset_revision,
+    )
     fractions = {"train": 1 - script_args.eval_fraction, "eval": script_args.eval_fraction}
     parts = split_by_case(votes, fractions, seed=args.seed)
     processor_kwargs = script_args.processor_kwargs
     judge = GenerativeJudge.from_pretrained(
         script_args.model_name_or_path,
+        revision=script_args.revision,
         is_trainable=True,
         model_kwargs={"dtype": script_args.dtype},
         processor_kwargs=json.loads(processor_kwargs) if isinstance(processor_kwargs, str) else processor_kwargs,
@@ -79,14 +87,16 @@ def main(script_args: JudgeScriptArguments, args: JudgeConfig) -> None:
             target_modules=modules[0] if len(modules) == 1 else modules,  # "all-linear" is a word, not a name
         )
     trainer = JudgeTrainer(judge, args, parts["train"], parts["eval"], peft_config=adapter)
+    trainer.dataset_name, trainer.dataset_revision = script_args.dataset_name, script_args.dataset_revision
+    trainer.sources = (("backbone", script_args.model_name_or_path, script_args.revision),)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     trainer.save_model()
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
+    trainer.create_model_card()
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub()
 
 
 def parser() -> TrlParser:

@@ -33,6 +33,7 @@ class RewardScriptArguments:
     """Model and data of `trainers/reward.py`."""
 
     dataset_name: str = field(metadata={"help": "Parquet file of votes, or a data set of votes on the Hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the votes on the Hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a data set on the Hub."})
     eval_fraction: float = field(default=0.2, metadata={"help": "Share of the cases to hold out."})
     truths: str | None = field(
@@ -41,9 +42,11 @@ class RewardScriptArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reward model to start from; one from scratch if left out."}
     )
+    revision: str | None = field(default=None, metadata={"help": "Revision of that reward model on the Hub."})
     backbone: str | None = field(
         default=None, metadata={"help": "Pretrained image model to start from, such as facebook/dinov2-small."}
     )
+    backbone_revision: str | None = field(default=None, metadata={"help": "Revision of the backbone on the Hub."})
     vision_config: dict | str | None = field(
         default=None, metadata={"help": "Config of a backbone from scratch; a small one if left out."}
     )
@@ -63,7 +66,7 @@ class RewardScriptArguments:
 
 def make_model(script_args: RewardScriptArguments, votes: datasets.Dataset) -> OneRewardModel:
     if script_args.model_name_or_path is not None:
-        return OneRewardModel.from_pretrained(script_args.model_name_or_path)
+        return OneRewardModel.from_pretrained(script_args.model_name_or_path, revision=script_args.revision)
     vision_config, labels, task_criteria = (
         json.loads(value) if isinstance(value, str) else value
         for value in (script_args.vision_config, script_args.labels, script_args.task_criteria)
@@ -79,13 +82,18 @@ def make_model(script_args: RewardScriptArguments, votes: datasets.Dataset) -> O
         "gaussian": script_args.gaussian,
     }
     if script_args.backbone is not None:
-        return OneRewardModel.from_backbone(script_args.backbone, **config)
+        return OneRewardModel.from_backbone(script_args.backbone, script_args.backbone_revision, **config)
     return OneRewardModel(OneRewardConfig(vision_config=vision_config, **config))
 
 
 def main(script_args: RewardScriptArguments, args: RewardConfig) -> None:
     torch.manual_seed(args.seed)
-    votes = load_votes(script_args.dataset_name, criteria=None, split=script_args.dataset_train_split)
+    votes = load_votes(
+        script_args.dataset_name,
+        criteria=None,
+        split=script_args.dataset_train_split,
+        revision=script_args.dataset_revision,
+    )
     fractions = {"train": 1 - script_args.eval_fraction, "eval": script_args.eval_fraction}
     parts = split_by_case(votes, fractions, seed=args.seed)
     adapter = None
@@ -99,14 +107,19 @@ def main(script_args: RewardScriptArguments, args: RewardConfig) -> None:
     truths = script_args.truths and datasets.Dataset.from_parquet(script_args.truths)
     model = make_model(script_args, votes)
     trainer = RewardTrainer(model, args, parts["train"], parts["eval"], truths, peft_config=adapter)
+    trainer.dataset_name, trainer.dataset_revision = script_args.dataset_name, script_args.dataset_revision
+    if script_args.model_name_or_path is not None:
+        trainer.sources = (("reward_model", script_args.model_name_or_path, script_args.revision),)
+    elif script_args.backbone is not None:
+        trainer.sources = (("backbone", script_args.backbone, script_args.backbone_revision),)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     trainer.save_model()
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
+    trainer.create_model_card()
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub()
 
 
 def parser() -> TrlParser:

@@ -38,6 +38,11 @@ class SFTScriptArguments:
     dataset_name: str = field(
         default="phantom", metadata={"help": "'phantom', a folder or Parquet file of rows, or a data set on the Hub."}
     )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the data set on the Hub."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read `max_rows` rows of a data set on the Hub without downloading the rest."}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "Rows of each split, at random; all if left out."})
     num_cases: int = field(default=500, metadata={"help": "Cases of the phantom to train on."})
     num_eval_cases: int = field(default=8, metadata={"help": "Cases of the phantom to evaluate on."})
     tasks: list[str] = field(
@@ -46,6 +51,7 @@ class SFTScriptArguments:
     )
     image_size: int = field(default=64, metadata={"help": "Height and width of the phantom in pixels."})
     vae_name_or_path: str | None = field(default=None, metadata={"help": "VAE to use in a pipeline from scratch."})
+    vae_revision: str | None = field(default=None, metadata={"help": "Revision of that VAE on the Hub."})
     vae_max_steps: int = field(default=0, metadata={"help": "Steps to train the VAE for before the denoiser."})
     vae_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the VAE."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter in place of all weights."})
@@ -59,9 +65,16 @@ class SFTScriptArguments:
 
 def main(script_args: SFTScriptArguments, args: SFTConfig) -> None:
     torch.manual_seed(args.seed)
-    phantom = {"size": script_args.image_size, "tasks": tuple(script_args.tasks), "seed": args.seed}
-    train_dataset = load_rows(script_args.dataset_name, "train", num_cases=script_args.num_cases, **phantom)
-    eval_dataset = load_rows(script_args.dataset_name, "validation", num_cases=script_args.num_eval_cases, **phantom)
+    rows = {
+        "revision": script_args.dataset_revision,
+        "streaming": script_args.streaming,
+        "max_rows": script_args.max_rows,
+        "seed": args.seed,
+        "size": script_args.image_size,
+        "tasks": tuple(script_args.tasks),
+    }
+    train_dataset = load_rows(script_args.dataset_name, "train", num_cases=script_args.num_cases, **rows)
+    eval_dataset = load_rows(script_args.dataset_name, "validation", num_cases=script_args.num_eval_cases, **rows)
     if script_args.model_name_or_path is None:
         image = train_dataset[0]["image"]
         image_channels = 1 if image.mode == "L" else 3
@@ -69,7 +82,10 @@ def main(script_args: SFTScriptArguments, args: SFTConfig) -> None:
             train_dataset["prompt"], LABELS, image_channels=image_channels, image_size=image.height
         )
         if script_args.vae_name_or_path is not None:
-            pipeline.register_modules(vae=type(pipeline.vae).from_pretrained(script_args.vae_name_or_path))
+            vae = type(pipeline.vae).from_pretrained(
+                script_args.vae_name_or_path, revision=script_args.vae_revision, use_safetensors=True
+            )
+            pipeline.register_modules(vae=vae)
     else:
         pipeline = OneRewardMaskPipeline.from_pretrained(script_args.model_name_or_path, revision=script_args.revision)
 
@@ -97,10 +113,14 @@ def main(script_args: SFTScriptArguments, args: SFTConfig) -> None:
             target_modules=script_args.lora_target_modules,
         )
     trainer = SFTTrainer(pipeline, args, train_dataset, eval_dataset, peft_config)
+    trainer.dataset_name, trainer.dataset_revision = script_args.dataset_name, script_args.dataset_revision
+    if script_args.model_name_or_path is None and script_args.vae_name_or_path is not None:
+        trainer.sources = (("base_model", script_args.vae_name_or_path, script_args.vae_revision),)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.create_model_card()
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

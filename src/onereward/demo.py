@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -24,7 +25,11 @@ from onereward.evaluation.figures import before_after_figure, reward_curve_figur
 from onereward.evaluation.heldout import compare, evaluate_pipeline
 from onereward.evaluation.segmenter import load_segmenter
 from onereward.hub.adapters import load_adapter
-from onereward.hub.cards import adapter_card, current_environment, save_card, source_commit
+from onereward.hub.cards import adapter_card, save_card
+from onereward.hub.data_cards import PHANTOM_ORIGIN, vote_agreement
+from onereward.hub.environment import current_environment, source_commit
+from onereward.hub.gallery import write_gallery
+from onereward.hub.provenance import describe_data, describe_parent, write_provenance
 from onereward.pipelines import OneRewardMaskPipeline
 from onereward.preferences import CRITERIA, load_votes, make_candidates, save_votes, simulate_votes
 from onereward.rewards import OneRewardConfig, OneRewardModel
@@ -186,11 +191,14 @@ def fit_to_data(folder: Path, settings: DemoSettings) -> dict:
     )
     peft_config = LoraConfig(r=16, lora_alpha=32, target_modules=[*ATTENTION, "conv1", "conv2"])
     trainer = SFTTrainer(pipeline, args, rows, peft_config=peft_config, callbacks=[ProgressBar("Fitting")])
+    trainer.dataset_name = settings.data
     train(trainer)
     trainer.ema.swap()
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     pipeline.save_pretrained(folder / "pipeline")
+    parents = [describe_parent("base_model", settings.pipeline), describe_data("train_data", rows, settings.data)]
+    write_provenance(folder / "pipeline", "pipeline", parents=parents, seed=settings.seed)
     return {"max_steps": settings.sft_max_steps, "loss": trainer.state.log_history[-1]["train_loss"]}
 
 
@@ -215,6 +223,11 @@ def collect_votes(folder: Path, settings: DemoSettings) -> dict:
     votes, truths = simulate_votes(candidates, pairs_per_condition=36, seed=settings.seed)
     truths.to_parquet(folder / "votes_truth.parquet")
     save_votes(votes, folder / "votes.parquet")
+    parents = [
+        describe_data("train_data", rows, settings.data or "phantom"),
+        describe_parent("base_model", base_path(folder, settings)),
+    ]
+    write_provenance(folder / "votes.parquet", "votes", parents=parents, seed=settings.seed)
     return {
         "num_votes": len(votes),
         "num_pairs": len(set(votes["pair_id"])),
@@ -247,6 +260,7 @@ def train_reward_model(folder: Path, settings: DemoSettings) -> dict:
         datasets.Dataset.from_parquet(str(folder / "votes_truth.parquet")),
         callbacks=[ProgressBar("Training the reward model", "loss")],
     )
+    trainer.dataset_name = str(folder / "votes.parquet")
     train(trainer)
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     trainer.save_model()
@@ -294,6 +308,7 @@ def tune(folder: Path, settings: DemoSettings) -> dict:
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=[*ATTENTION, "conv1", "conv2"]),
         callbacks=[ProgressBar("Tuning", "reward")],
     )
+    trainer.dataset_name = settings.data or "phantom"
     train(trainer)
     trainer.save_model()
     history = trainer.state.log_history
@@ -337,11 +352,10 @@ def evaluate(folder: Path, settings: DemoSettings) -> dict:
     truth = None
     if all(row["target"] is not None for row in shown_rows):
         truth = rows_to_tensors(shown_rows)["targets"]
-    labels = pipeline.config.labels
-    before_after_figure(
-        shown_rows, before.images[shown], after.images[shown], truth, folder / "before_after.png", labels=labels
-    )
-    return compare(before, after)
+    pictures, labels = (before.images[shown], after.images[shown]), pipeline.config.labels
+    before_after_figure(shown_rows, *pictures, truth, folder / "before_after.png", labels=labels)
+    widget = write_gallery(folder / "adapter", shown_rows, *pictures, labels=labels)
+    return {"measures": compare(before, after), "widget": widget}
 
 
 def write_report(folder: Path, settings: DemoSettings, state: dict) -> None:
@@ -355,15 +369,13 @@ def write_report(folder: Path, settings: DemoSettings, state: dict) -> None:
         "votes": results["votes"],
         "reward_model": results["reward"],
         "ddpo": results["ddpo"],
-        "heldout": results["evaluation"],
+        "heldout": results["evaluation"]["measures"],
         "environment": current_environment(),
         "commit": source_commit(),
     }
     write_json(folder / "report.json", report)
     _write_text(folder / "report.md", report_text(report))
 
-    (folder / "adapter" / "images").mkdir(exist_ok=True)
-    shutil.copyfile(folder / "before_after.png", folder / "adapter" / "images" / "0.png")
     prompt = datasets.load_from_disk(folder / "data" / "unseen")[0]["prompt"]
     data = "the built-in phantom" if settings.data is None else "images from a folder"
     card = adapter_card(
@@ -372,17 +384,26 @@ def write_report(folder: Path, settings: DemoSettings, state: dict) -> None:
         repo_id=str(folder / "adapter"),
         raters=results["votes"]["raters"],
         num_votes=results["votes"]["num_votes"],
-        training_data=f"{results['data']['train']} conditions of {data}: {results['ddpo']['updates']} DDPO updates.",
+        training_data=(
+            f"{results['data']['train']} conditions of {data}: {results['ddpo']['updates']} DDPO updates."
+            + (f"\n\n{PHANTOM_ORIGIN}" if settings.data is None else "")
+        ),
+        agreement=vote_agreement(load_votes(folder / "votes.parquet")),
         evaluation={
-            name: {column: entry[column] for column in ("before", "after", "real", "ci95", "n")}
-            for name, entry in results["evaluation"].items()
+            name: {column: entry[column] for column in ("before", "after", "real")}
+            | {"95 % interval of after - before": entry["ci95"], "n": entry["n"]}
+            for name, entry in results["evaluation"]["measures"].items()
+        }
+        | {
+            f"rewards/{head}/mean": {"before": values["before"], "after": values["after"]}
+            for head, values in results["ddpo"]["per_head"].items()
         },
-        eval_dataset=f"{results['data']['unseen']} unseen conditions of {data}; none of the measures was a reward",
-        command=" ".join(["onereward", *sys.argv[1:]]),
+        eval_dataset=f"{results['data']['unseen']} unseen conditions of {data}",
+        command=shlex.join(["onereward", *sys.argv[1:]]),
         seed=settings.seed,
         limits=["Its raters were simulated.", "It was tuned for minutes, to show the loop, not to be used."],
         example_prompt=prompt,
-        widget=[{"text": prompt, "output": {"url": "images/0.png"}}],
+        widget=results["evaluation"]["widget"],
         commit=source_commit(),
     )
     save_card(card, folder / "adapter")

@@ -42,7 +42,8 @@ from onereward.evaluation.perceptual import load_lpips
 from onereward.evaluation.reader_study import turing_test, win_rate
 from onereward.evaluation.segmenter import load_segmenter
 from onereward.hub.adapters import denoiser_of, load_adapter
-from onereward.hub.cards import current_environment, save_card, source_commit
+from onereward.hub.cards import save_card, table, with_section
+from onereward.hub.environment import current_environment, source_commit
 from onereward.pipelines import OneRewardMaskPipeline
 from onereward.preferences import load_votes
 
@@ -273,13 +274,9 @@ def judge_for(rows: datasets.Dataset):
 
 
 def rewards_of(adapter: str) -> list[str]:
-    """What an adapter was tuned on, as far as its card says: the measures `rewards/.../mean` of its `model-index`."""
+    """What an adapter was tuned on, as far as its card says: `rewards` of its metadata."""
     card = Path(adapter, "README.md")
-    if not card.is_file():
-        return []
-    entries = ModelCard.load(card).data.eval_results or []
-    kinds = (entry.metric_type.split("/") for entry in entries)
-    return sorted({kind[1] for kind in kinds if kind[0] == "rewards" and len(kind) == 3})
+    return sorted(ModelCard.load(card).data.to_dict().get("rewards", [])) if card.is_file() else []
 
 
 def has_lpips() -> bool:
@@ -529,11 +526,16 @@ def _grid_png(shown: list[dict], columns: dict, labels, captions) -> bytes:
 
 
 def write_model_index(adapter: str | os.PathLike, painter: str, results: dict) -> None:
-    """Write the figures of an adapter that were never a reward into its card, as `model-index`."""
+    """Write the figures of an adapter that were never a reward into its card: as `model-index`, and as a table."""
     card = ModelCard.load(Path(adapter, "README.md"))
     dataset = f"{results['data']['rows']} unseen conditions of {results['settings']['data']}"
     config = f"onereward-evaluate-{results['data']['fingerprint']}"  # results of one type and config are one entry
     kept = [entry for entry in card.data.eval_results or [] if entry.dataset_config != config]
+    figures = {
+        measure: entry["painters"][painter]
+        for measure, entry in results["measures"].items()
+        if not entry["was_reward"] and entry["painters"][painter]["value"] is not None
+    }
     new = [
         EvalResult(
             task_type="image-to-image",
@@ -543,13 +545,23 @@ def write_model_index(adapter: str | os.PathLike, painter: str, results: dict) -
             dataset_config=config,
             metric_type=measure,
             metric_name=measure.replace("_", " "),
-            metric_value=entry["painters"][painter]["value"],
+            metric_value=figure["value"],
+            metric_args={"95 % interval": [figure["low"], figure["high"]], "n": figure["n"]},
         )
-        for measure, entry in results["measures"].items()
-        if not entry["was_reward"] and entry["painters"][painter]["value"] is not None
+        for measure, figure in figures.items()
     ]
     card.data.eval_results = kept + new
     card.data.model_name = card.data.model_name or Path(adapter).name
+    rows = {
+        measure: {
+            "value": figure["value"],
+            "95 % interval": None if figure["low"] is None else (figure["low"], figure["high"]),
+            "n": figure["n"],
+        }
+        for measure, figure in figures.items()
+    }
+    text = f"By `onereward evaluate`, on {dataset}; intervals are by case.\n\n{table(rows)}"
+    card.text = with_section(card.text, "Measures that were never a reward", text)
     save_card(card, adapter)
 
 

@@ -17,6 +17,8 @@ from onereward.trainers.checkpoints import (
     check_checkpoint,
     fingerprint,
     last_whole_checkpoint,
+    load_state,
+    save_state,
     seal_checkpoint,
 )
 
@@ -27,7 +29,7 @@ RUN = {"seed": 0, "rows": [8, "abc"]}
 def make_checkpoint(output_dir, step, run=RUN):
     folder = output_dir / f"checkpoint-{step}"
     (folder / "unet").mkdir(parents=True)
-    (folder / "optimizer.pt").write_bytes(os.urandom(1000))
+    (folder / "optimizer.safetensors").write_bytes(os.urandom(1000))
     (folder / "unet" / "weights.safetensors").write_bytes(os.urandom(1000))
     seal_checkpoint(folder, run)
     return folder
@@ -39,7 +41,7 @@ def truncate(folder):
 
 
 def change(folder):
-    path = folder / "optimizer.pt"
+    path = folder / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
 
 
@@ -47,8 +49,8 @@ SPOILT = {
     "no checkpoint.json": lambda folder: (folder / SEAL).unlink(),
     "no JSON": lambda folder: (folder / SEAL).write_text("{"),
     "unet/weights.safetensors has changed": truncate,
-    "optimizer.pt has changed": change,
-    "optimizer.pt is missing": lambda folder: (folder / "optimizer.pt").unlink(),
+    "optimizer.safetensors has changed": change,
+    "optimizer.safetensors is missing": lambda folder: (folder / "optimizer.safetensors").unlink(),
 }
 
 
@@ -87,13 +89,61 @@ def test_without_checkpoints_there_is_none(tmp_path):
 
 def test_seal_names_every_file(tmp_path):
     folder = make_checkpoint(tmp_path, 1)
-    assert set(json.loads((folder / SEAL).read_text())["files"]) == {"optimizer.pt", "unet/weights.safetensors"}
+    sealed = set(json.loads((folder / SEAL).read_text())["files"])
+    assert sealed == {"optimizer.safetensors", "unet/weights.safetensors"}
 
 
 def test_fingerprint_tells_models_apart_and_one_model_from_itself_not():
     torch.manual_seed(0)
     first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     assert fingerprint(first) == fingerprint(first.to(torch.float64).float()) != fingerprint(second)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["loop", "fused"])
+def test_an_optimizer_goes_on_from_its_state_to_the_same_weights(tmp_path, fused):
+    """In the memory layout of convolutions too, which fused optimizers rely on."""
+    torch.manual_seed(0)
+    batches = torch.randn(4, 2, 3, 8, 8)
+
+    def start():
+        torch.manual_seed(1)
+        model = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+        return model, optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=4)
+
+    def train(model, optimizer, schedule, batches):
+        for batch in batches:
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+
+    whole = start()
+    train(*whole, batches)
+    first = start()
+    train(*first, batches[:2])
+    for name, part in zip(("model", "optimizer", "schedule"), first, strict=True):
+        save_state(tmp_path / name, part.state_dict())
+    second = start()
+    for name, part in zip(("model", "optimizer", "schedule"), second, strict=True):
+        part.load_state_dict(load_state(tmp_path / name))
+    train(*second, batches[2:])
+    assert torch.equal(second[0].weight, whole[0].weight) and not torch.equal(first[0].weight, whole[0].weight)
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    state = {0: [None, True, 1, 0.1, float("inf"), "x"], "tuple": (1, (2.5,)), "dict": {"a": {}}, "none": ()}
+    save_state(tmp_path / "state", state)
+    assert load_state(tmp_path / "state") == state
+    scaler = torch.amp.GradScaler("cpu")
+    save_state(tmp_path / "scaler", scaler.state_dict())
+    assert load_state(tmp_path / "scaler") == scaler.state_dict()
+
+
+def test_what_only_a_pickle_can_hold_is_refused_by_place(tmp_path):
+    with pytest.raises(TypeError, match=r"`state\['groups'\]\[1\]` is a object"):
+        save_state(tmp_path / "state", {"groups": [1, object()]})
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.fixture

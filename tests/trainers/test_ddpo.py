@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import safe_open
-from transformers import trainer as trainer_module
 
 from onereward.hub.adapters import load_adapter
 from onereward.policy import seeded_generator
@@ -298,28 +298,19 @@ def test_samples_go_to_trackio_and_wandb(tmp_path, monkeypatch):
         assert [entry["samples"].name for entry in logs] == ["step_000000.png", "step_000001.png"]
 
 
-def test_push_to_hub_uploads_the_adapter_and_its_card(tmp_path, monkeypatch):
-    uploads = []
-
-    def upload(**arguments):
-        uploads.append(
-            {path.name: path.read_bytes() for path in Path(arguments["folder_path"]).iterdir() if path.is_file()}
-        )
-
-    def create(name, **_):
-        return SimpleNamespace(repo_id=name)
-
-    monkeypatch.setattr(trainer_module, "hf_api", lambda: SimpleNamespace(create_repo=create, upload_folder=upload))
-    trainer = make_trainer(tmp_path, hub_model_id="org/adapter")
+def test_push_to_hub_uploads_the_adapter_and_its_card(tmp_path, hub):
+    make_pipeline().save_pretrained(tmp_path / "base")
+    HfApi().create_repo("org/tiny")
+    HfApi().upload_folder(repo_id="org/tiny", folder_path=tmp_path / "base")
+    trainer = make_trainer(tmp_path, hub_model_id="org/adapter", hub_base_model="org/tiny")
     trainer.train()
     trainer.push_to_hub(dataset_name="boxes")
-    assert {"pytorch_lora_weights.safetensors", "adapter_model.safetensors", "README.md"} <= set(uploads[-1])
-    card = uploads[-1]["README.md"].decode()
+    folder = Path(snapshot_download("org/adapter"))
+    names = {path.name for path in folder.iterdir()}
+    assert {"pytorch_lora_weights.safetensors", "adapter_model.safetensors"} <= names
+    card = (folder / "README.md").read_text()
     assert "org/adapter" in card and "not for clinical use" in card
-    (tmp_path / "downloaded").mkdir()
-    for name, content in uploads[-1].items():
-        (tmp_path / "downloaded" / name).write_bytes(content)
-    load_adapter(make_pipeline(), tmp_path / "downloaded")
+    load_adapter(make_pipeline(), folder)
 
 
 def test_card_says_what_was_done(tmp_path):

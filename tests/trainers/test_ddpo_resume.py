@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parent))
 
 from ddpo_setup import logged, make_pipeline, make_rows, make_trainer  # noqa: E402
 
-from onereward.trainers import ddpo  # noqa: E402
+from onereward.trainers import hub as trainers_hub  # noqa: E402
 
 
 SETUP = Path(__file__).with_name("ddpo_setup.py")
@@ -141,13 +141,13 @@ def test_the_same_command_starts_and_resumes(tmp_path, uninterrupted):
 
 def test_older_checkpoints_are_deleted_only_when_the_new_one_is_sealed(tmp_path, monkeypatch):
     kept = []
-    seal = ddpo.seal_checkpoint
+    seal = trainers_hub.seal_checkpoint
 
     def spy(folder, run):
         kept.append(len(list(tmp_path.glob("checkpoint-*"))))
         seal(folder, run)
 
-    monkeypatch.setattr(ddpo, "seal_checkpoint", spy)
+    monkeypatch.setattr(trainers_hub, "seal_checkpoint", spy)
     trainer = make_trainer(tmp_path, **{**CONFIG, "save_total_limit": 1, "max_steps": 3})
     trainer.train()
     assert kept == [1, 2, 2]  # the one before was still there

@@ -195,7 +195,8 @@ def test_the_adapter_comes_back_to_the_same_probabilities(make_trainer, base, un
     trainer.create_model_card(dataset_name="squares")
     folder = Path(trainer.args.output_dir)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors", "judge_config.json"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert names == {"README.md", "provenance.json", "judge_config.json", *adapter}
     loaded = GenerativeJudge.from_pretrained(folder)
     images = sides(unseen)
     p, gap = trainer.judge.compare(*images, criterion="dark", return_gap=True)

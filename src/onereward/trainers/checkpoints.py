@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, and are those of this run; and a stop that leaves one behind."""
+"""Checkpoints that are whole, are those of this run and need no pickle; and a stop that leaves one behind."""
 
 import hashlib
 import json
@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
@@ -18,6 +20,82 @@ from onereward.data.whole_file import whole_file
 logger = logging.get_logger(__name__)
 
 SEAL = "checkpoint.json"
+
+
+def save_state(path: str | os.PathLike, state) -> None:
+    """
+    Write the state of an optimizer, a schedule or a random generator without a pickle: one safetensors file that has
+    the tensors by number, and in its header as JSON how they hang together.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        state:
+            Dicts, lists and tuples, nested, of tensors, numbers, strings and `None`.
+
+    Raises:
+        `TypeError`: when something else is in it. The message says where.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from onereward.trainers.checkpoints import load_state, save_state
+
+    >>> save_state("state.safetensors", {0: {"step": torch.tensor(3.0), "betas": (0.9, 0.999)}})
+    >>> load_state("state.safetensors")
+    {0: {'step': tensor(3.), 'betas': (0.9, 0.999)}}
+    ```
+    """
+    numbers, tensors = {}, {}
+
+    def written(value, where):
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if torch.is_tensor(value):
+            number = numbers.setdefault(id(value), str(len(numbers)))
+            tensors[number] = value.detach().contiguous()
+            # fused optimizers walk through weights and moments in the order in which they lie in memory
+            return {"tensor": [number, value.stride()]}
+        if isinstance(value, dict):  # with keys that JSON would turn into strings
+            return {"dict": [[written(k, where), written(v, f"{where}[{k!r}]")] for k, v in value.items()]}
+        if type(value) in (list, tuple):
+            return {type(value).__name__: [written(v, f"{where}[{i}]") for i, v in enumerate(value)]}
+        raise TypeError(
+            f"`state{where}` is a {type(value).__name__}, which a pickle alone can hold, and there are none here. "
+            "Take an optimizer and a schedule whose state is tensors and numbers."
+        )
+
+    structure = json.dumps(written(state, ""))
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={"state": structure})
+
+
+def load_state(path: str | os.PathLike):
+    """
+    What [`save_state`] wrote, to the last bit, with its tensors on the CPU.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+    """
+    with safe_open(path, framework="pt") as file:
+        structure, tensors = json.loads(file.metadata()["state"]), {n: file.get_tensor(n) for n in file.keys()}
+
+    def read(value):
+        if not isinstance(value, dict):
+            return value
+        [(kind, content)] = value.items()
+        if kind == "tensor":
+            number, stride = content
+            return torch.empty_strided(tensors[number].shape, stride, dtype=tensors[number].dtype).copy_(
+                tensors[number]
+            )
+        if kind == "dict":
+            return {read(k): read(v) for k, v in content}
+        return {"list": list, "tuple": tuple}[kind](map(read, content))
+
+    return read(structure)
 
 
 def fingerprint(module: torch.nn.Module) -> str:
@@ -66,7 +144,7 @@ def seal_checkpoint(folder: str | os.PathLike, run: dict) -> None:
 
 
 class ForeignCheckpointError(ValueError):
-    """A checkpoint is whole, but of another run."""
+    """A checkpoint is whole, but of another run or an older version."""
 
 
 def check_checkpoint(folder: str | os.PathLike, run: dict) -> None:
@@ -81,9 +159,15 @@ def check_checkpoint(folder: str | os.PathLike, run: dict) -> None:
 
     Raises:
         `ValueError`: when it is not sealed, or a file is missing or has changed; a [`ForeignCheckpointError`] when it
-        is of another run. The message names the checkpoint and what is wrong with it.
+        is of another run, or of an older version that wrote pickles. The message names the checkpoint and what is
+        wrong with it.
     """
     folder = Path(folder)
+    if (folder / "optimizer.pt").is_file():
+        raise ForeignCheckpointError(
+            f"{folder} was written by an older version: its optimizer.pt is a pickle, which is not read. Finish that "
+            "run with the version that began it, or start a new one from its weights."
+        )
     if not (folder / SEAL).is_file():
         raise ValueError(f"{folder} is not whole: it has no {SEAL}, which is written last. Use an earlier checkpoint.")
     try:
@@ -118,7 +202,7 @@ def last_whole_checkpoint(output_dir: str | os.PathLike, run: dict) -> str | Non
         `str` or `None`: its folder; `None` when no checkpoint is whole.
 
     Raises:
-        `ForeignCheckpointError`: when none is left but those of another run.
+        `ForeignCheckpointError`: when none is left but those of another run or an older version.
     """
     foreign = None
     for folder in reversed(sort_checkpoints(str(output_dir)) if os.path.isdir(output_dir) else []):

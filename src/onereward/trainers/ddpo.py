@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-import os
+import shlex
 import sys
 import textwrap
 import time
@@ -18,22 +18,26 @@ import torch
 from accelerate.utils import TorchDynamoPlugin, gather_object
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
+from huggingface_hub import ModelCard
 from peft import PeftConfig
 from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModel, Trainer, TrainerCallback, TrainerState
+from transformers import AutoModel, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_metrics
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, speed_metrics
 from transformers.utils import logging
 
-from onereward.data.schema import rows_to_tensors
-from onereward.data.whole_file import whole_file
+from onereward.data.schema import LABELS, rows_to_tensors
+from onereward.data.synthetic import save_png
 from onereward.hub.adapters import PEFT_WEIGHTS, denoiser_name, denoiser_of, save_adapter
-from onereward.hub.cards import adapter_card, pipeline_card, save_card, source_commit
+from onereward.hub.cards import adapter_card, pipeline_card
+from onereward.hub.environment import source_commit
+from onereward.hub.gallery import write_gallery
+from onereward.hub.provenance import read_provenance
 from onereward.pipelines import MaskConditions, OneRewardMaskPipeline
 from onereward.policy import (
     adapt_beta,
@@ -55,17 +59,10 @@ from onereward.rewards.advantages import (
 )
 from onereward.rewards.running import RunningStatistics, condition_key
 from onereward.rewards.scoring import RewardFunc, RewardScorer
-from onereward.trainers.checkpoints import (
-    SEAL,
-    StopOnSignal,
-    TrainingStopped,
-    check_checkpoint,
-    fingerprint,
-    last_whole_checkpoint,
-    seal_checkpoint,
-)
+from onereward.trainers.checkpoints import SEAL, StopOnSignal, TrainingStopped, fingerprint
 from onereward.trainers.ddpo_config import DDPOConfig
 from onereward.trainers.ema import WeightAverage
+from onereward.trainers.hub import HubTrainer, loaded_revision
 from onereward.trainers.sample_grid import sample_grid
 from onereward.trainers.sampling import Chain, PolicySampler, Samples, join_samples
 from onereward.trainers.value import ValueModel, state_features
@@ -128,7 +125,7 @@ class _Policy(torch.nn.Module):
         self.denoiser.enable_gradient_checkpointing()  # the name that the denoisers of diffusers have for it
 
 
-class DDPOTrainer(Trainer):
+class DDPOTrainer(HubTrainer):
     r"""
     Trainer for [DDPO](https://huggingface.co/papers/2305.13301): reinforcement learning of a diffusion model on any
     reward, for mask-guided pipelines. Research use only, not for clinical use.
@@ -760,8 +757,7 @@ class DDPOTrainer(Trainer):
         )
         step = self.state.global_step
         path = Path(self.args.output_dir, "samples", f"step_{step:06d}.png")
-        with whole_file(path) as partial:
-            grid.save(partial, format="png")
+        save_png(grid, path, model=self._base_model or "onereward", sidecar=False)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
@@ -776,46 +772,35 @@ class DDPOTrainer(Trainer):
 
     # -------------------------------------------------------------------------------------------- saving and resuming
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train_from(self, checkpoint: str | None, **kwargs):
         """
-        As [`~transformers.Trainer.train`], with three promises more: a checkpoint that is not whole, or of another
-        run, is refused by name; SIGTERM saves a checkpoint and ends the process with exit status 0; and Ctrl-C saves
-        one before it raises.
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint, or `True` for the newest of `output_dir` that is whole. With `True` and no checkpoint
-                there the training starts at the beginning, so that the same command starts and resumes.
+        As [`~HubTrainer.train`], with two promises more: SIGTERM saves a checkpoint and ends the process with exit
+        status 0, and Ctrl-C saves one before it raises.
         """
-        if resume_from_checkpoint is True or str(resume_from_checkpoint).lower() == "true":
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self._run_description)
-            if resume_from_checkpoint is None:
-                logger.warning(f"There is no whole checkpoint in {self.args.output_dir}: starting at the beginning.")
-        elif resume_from_checkpoint:
-            check_checkpoint(resume_from_checkpoint, self._run_description)
-        if resume_from_checkpoint:
-            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+        if checkpoint:
+            state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
             *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
             if self.is_fsdp_enabled:
-                self._load_weights(Path(resume_from_checkpoint))  # while they are whole
+                self._load_weights(Path(checkpoint))  # while they are whole
             elif self.is_deepspeed_enabled or state.global_step >= max_steps:
-                self._load_from_checkpoint(resume_from_checkpoint)  # where the Trainer does not
+                self._load_from_checkpoint(checkpoint)  # where the Trainer does not
             if state.global_step >= max_steps:  # the Trainer would make one update more
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            return super().train_from(checkpoint, **kwargs)
         except TrainingStopped:
             # The weights are those of the last update: what was done since then is done again, to the same end.
-            if not Path(self._checkpoint_folder, SEAL).is_file():
+            if not (self.checkpoint_folder / SEAL).is_file():
                 self._save_checkpoint(self.model_wrapped, None)
+                self._finish_current_push()
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             self.stop.end()
         finally:
             self.stop.on_train_end(self.args, self.state, self.control)
 
     @property
-    def _run_description(self) -> dict:
+    def run_description(self) -> dict:
         """What decides where a checkpoint's numbers belong: what differs makes it another run's."""
         names = ("seed", "num_generations", "num_iterations", "num_inference_steps", "window_size", "baseline")
         names += ("per_device_generation_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -829,9 +814,9 @@ class DDPOTrainer(Trainer):
             **{name: getattr(self.args, name) for name in names},
         }
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def write_model(self, output_dir: str | None = None) -> None:
         with self.ema.applied():
-            super().save_model(output_dir, _internal_call)
+            super().write_model(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         """An adapter in the formats of diffusers and PEFT; a whole denoiser as a folder of its pipeline."""
@@ -853,28 +838,26 @@ class DDPOTrainer(Trainer):
         if state_dict is not None:
             denoiser = self._denoiser_class.from_config(self.denoiser.config)
             denoiser.load_state_dict(state_dict)
-        if folder == Path(self.args.output_dir):
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            denoiser.save_pretrained(folder / denoiser_name(self.pipeline))
+        else:
             with self._denoiser_replaced_by(denoiser):
                 self.pipeline.save_pretrained(folder)
-        else:
-            denoiser.save_pretrained(folder / denoiser_name(self.pipeline))
+
+    def write_result(self, checkpoint: Path, folder: Path) -> None:
+        if self.adapter_name is not None:
+            super().write_result(checkpoint, folder)
+            return
+        component = denoiser_name(self.pipeline)
+        denoiser = self._denoiser_class.from_pretrained(checkpoint / component, use_safetensors=True)
+        with self._denoiser_replaced_by(denoiser):
+            self.pipeline.save_pretrained(folder)
 
     @property
     def _base_model(self) -> str | None:
         return getattr(self.pipeline.config, "_name_or_path", None)
 
-    @property
-    def _checkpoint_folder(self) -> str:
-        return os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-
-    def _save_checkpoint(self, model, trial) -> None:
-        # Older checkpoints are deleted last, once the new one is known to be whole.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        folder = Path(self._checkpoint_folder)
+    def save_state_besides(self, folder: Path) -> None:
         rollout = self._rollout
         if rollout is not None and rollout.index == self.state.global_step // self.args.updates_per_generation:
             # It is not used up.
@@ -889,10 +872,6 @@ class DDPOTrainer(Trainer):
             self.ema.save_weights_behind(folder)
             if self.args.baseline == "value":
                 save_file(self.model.value.state_dict(), folder / VALUE_WEIGHTS)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal_checkpoint(folder, self._run_description)
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_weights(self, folder: Path) -> None:
         if self.adapter_name is not None:
@@ -926,43 +905,84 @@ class DDPOTrainer(Trainer):
     def _load_best_model(self):
         self._load_weights(Path(self.state.best_model_checkpoint))
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: list[str] | None = None,
-        **fields,
-    ) -> None:
-        """
-        Write the card of the adapter or the tuned pipeline, `README.md`, with what the trainer knows of it.
+    # ------------------------------------------------------------------------------------------------ card and origin
 
-        Args:
-            model_name (`str`, *optional*):
-                Title of the card. The name of `output_dir` when not given.
-            dataset_name (`str`, *optional*):
-                Name of the training data.
-            tags (`list[str]`, *optional*):
-                Unused: the tags of the card are those of all our adapters.
-            **fields:
-                Further fields of [`~onereward.hub.cards.adapter_card`], in place of the trainer's own: raters and
-                number of votes, say.
+    @property
+    def kind(self) -> str:
+        return "pipeline" if self.adapter_name is None else "adapter"
+
+    def loaded_from(self) -> list[tuple[str, str, str | None]]:
+        models = [("base_model", self._base_model, loaded_revision(self.pipeline))]
+        for func in self.scorer.reward_funcs:
+            if isinstance(func, OneRewardModel):
+                models.append(("reward_model", func.config._name_or_path, getattr(func.config, "_commit_hash", None)))
+        return [model for model in models if model[1]]
+
+    def provenance_besides(self) -> dict:
+        return {"rewards": self.reward_names}
+
+    def _raters(self) -> dict:
+        """Whose votes made the reward, where one reward model did and says so: fields of the card."""
+        models = [model for role, *model in self.made_from() if role == "reward_model"]
+        try:
+            known = read_provenance(*models[0]) if len(models) == 1 else None
+        except OSError as error:
+            logger.warning(f"The card does not say whose votes made the reward: {error}")
+            known = None
+        votes = [parent for parent in (known or {"parents": []})["parents"] if parent["role"] == "votes"]
+        if len(votes) != 1 or "raters" not in votes[0]:
+            return {}
+        return {"raters": votes[0]["raters"], "num_votes": votes[0]["num_rows"]}
+
+    @torch.no_grad()
+    def _gallery(self, num_rows: int = 4) -> list[dict]:
+        """Pictures for the card: the same conditions and the same noise, with the adapter off and on."""
+        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        numbers = np.linspace(0, len(dataset) - 1, min(num_rows, len(dataset))).astype(int).tolist()
+        conditions, _ = self._encode(dataset, numbers)
+        keys = [(self.args.seed, EVALUATION, number) for number in numbers]
+        self.model.eval()
+        with self.ema.applied():
+            after = self.sampler.generate(conditions, keys).images
+            with self._reference():
+                before = self.sampler.generate(conditions, keys).images
+        rows = [dataset[number] for number in numbers]
+        labels = self.pipeline.config.get("labels") or LABELS
+        return write_gallery(
+            self.args.output_dir, rows, before.cpu(), after.cpu(), labels=labels, model=self.hub_model_id
+        )
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **fields) -> None:
         """
-        if not self.is_world_process_zero():
-            return
+        Write the card of the adapter or the tuned pipeline, `README.md`, to `args.output_dir`. That of an adapter has
+        pictures of the same conditions before and after, except with FSDP and DeepSpeed, where a single process has
+        not got all weights. Arguments as in [`~HubTrainer.create_model_card`].
+        """
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if self.is_world_process_zero() and self.adapter_name is not None and whole and "widget" not in fields:
+            fields["widget"] = self._gallery()
+        super().create_model_card(model_name, dataset_name, tags, **fields)
+
+    def model_card(self, model_name: str | None = None, dataset_name: str | None = None, **fields) -> ModelCard:
         args = self.args
         evaluations = [entry for entry in self.state.log_history if "eval_reward" in entry]
         entries = evaluations or [entry for entry in self.state.log_history if "reward" in entry]
         prefix = "eval_" if evaluations else ""
         heads = ["reward", *(f"rewards/{name}/mean" for name in self.reward_names or [])]
+        if evaluations and self.eval_scorer is not None:  # what was never trained on
+            heads += [f"heldout/{name}/mean" for name in self.eval_scorer.names]
         make_card, after = (pipeline_card, "value") if self.adapter_name is None else (adapter_card, "after")
-        card = make_card(
+        if self.adapter_name is not None:
+            fields = {**self._raters(), "denoiser": denoiser_name(self.pipeline), **fields}
+        return make_card(
             **{
                 "name": model_name or Path(args.output_dir).name,
                 "base_model": str(self._base_model),
                 "repo_id": self.hub_model_id or args.output_dir,
                 "training_data": (
                     f"{self.state.global_step} updates of DDPO on {len(self.train_dataset)} conditions of "
-                    f"{dataset_name or 'an unnamed data set'}, {args.num_generations} images of each at a time."
+                    f"{dataset_name or self.dataset_name or 'an unnamed data set'}, {args.num_generations} images of "
+                    "each at a time."
                 ),
                 "evaluation": {
                     head: {"before": entries[0][prefix + head], after: entries[-1][prefix + head]} for head in heads
@@ -972,12 +992,12 @@ class DDPOTrainer(Trainer):
                 "eval_dataset": (
                     f"{len(self.eval_dataset)} unseen conditions" if evaluations else "the conditions of the training"
                 ),
-                "command": " ".join(sys.argv),
+                "command": shlex.join(sys.argv),
                 "seed": args.seed,
                 "limits": ["The rewards are what it was tuned for: judge it by measures that were not."],
                 "example_prompt": self.train_dataset[0]["prompt"],
+                "pipeline_class": type(self.pipeline).__name__,
                 "commit": source_commit(),
                 **fields,
             }
         )
-        save_card(card, args.output_dir)

@@ -125,6 +125,9 @@ class DDPOConfig(TrainingArguments):
         log_samples_steps (`int`, *optional*):
             Updates between two pictures of samples in `output_dir/samples`, which also go to TensorBoard, trackio and
             wandb when `report_to` names them. None are made when not given.
+        hub_base_model (`str`, *optional*):
+            Id on the Hub of the pipeline that was loaded from a folder here: an adapter that is published must say
+            which one it is for.
     """
 
     output_dir: str | None = field(default="ddpo", metadata={"help": "Where adapter and checkpoints are written."})
@@ -178,6 +181,9 @@ class DDPOConfig(TrainingArguments):
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of a moving average of the weights."})
 
     log_samples_steps: int | None = field(default=None, metadata={"help": "Updates between pictures of samples."})
+    hub_base_model: str | None = field(
+        default=None, metadata={"help": "Id on the Hub of the pipeline, where it was loaded from a folder here."}
+    )
 
     def __post_init__(self):
         images, rows = self.per_device_generation_batch_size, self.per_device_train_batch_size

@@ -1,5 +1,6 @@
 """Trains the generative judge on votes."""
 
+import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,12 +13,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig, PeftModel, get_peft_model
 from scipy.special import expit, xlogy
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments, set_seed
 
 from onereward.data.schema import TASKS
-from onereward.hub.cards import TAGS, current_environment, render_card, save_card, source_commit, table
+from onereward.hub.cards import TAGS, render_card, shown_command, table
+from onereward.hub.environment import current_environment, source_commit
 from onereward.preferences import pairs_for_training
 from onereward.rewards.judge import GenerativeJudge, judge_loss
+from onereward.trainers.hub import HubTrainer
 
 
 @dataclass
@@ -133,7 +136,7 @@ def judge_metrics(log_odds: np.ndarray, counts: np.ndarray, kinds: list[tuple[st
     }
 
 
-class JudgeTrainer(Trainer):
+class JudgeTrainer(HubTrainer):
     r"""
     Trains a [`~onereward.rewards.judge.GenerativeJudge`] on votes, each pair in both orders, with the cross entropy of
     its answer ([`~onereward.rewards.judge.judge_loss`]); a tie is a label of one half.
@@ -174,6 +177,8 @@ class JudgeTrainer(Trainer):
     ```
     """
 
+    kind, data_role = "reward-model", "votes"
+
     def __init__(
         self,
         judge: GenerativeJudge,
@@ -200,7 +205,7 @@ class JudgeTrainer(Trainer):
                 "No weight of the judge can be trained. Load its adapter with "
                 "`GenerativeJudge.from_pretrained(..., is_trainable=True)`, or pass a `peft_config`."
             )
-        self.judge = judge
+        self.judge, self.votes = judge, train_dataset
         criteria = judge.criteria.values() if isinstance(judge.criteria, dict) else [judge.criteria]
         self.criteria = list(dict.fromkeys(name for names in criteria for name in names))
         super().__init__(
@@ -258,27 +263,24 @@ class JudgeTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         # `Trainer` would add its arguments as a pickle, which has no place in a published folder.
-        self.judge.save_pretrained(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.judge.save_pretrained(output_dir or self.args.output_dir)
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None, **fields
-    ) -> None:
-        """
-        Write the card of the judge, with the last evaluation, to `args.output_dir`.
+    # ------------------------------------------------------------------------------------------------ card and origin
 
-        Args:
-            model_name (`str`, *optional*):
-                Title of the card. Defaults to the name of `args.output_dir`.
-            dataset_name (`str`, *optional*):
-                Name of the votes.
-            tags (`list[str]`, *optional*):
-                Further tags.
-            **fields:
-                Further fields of the card: `command`, `limits`, `commit` and `eval_dataset`, in place of the trainer's
-                own.
-        """
-        if not self.is_world_process_zero():
-            return
+    def loaded_from(self) -> list[tuple[str, str, str | None]]:
+        adapters = getattr(self.model, "peft_config", {})
+        config = self.model.config
+        name = next(iter(adapters.values())).base_model_name_or_path if adapters else config._name_or_path
+        return [("backbone", name, getattr(config, "_commit_hash", None))] if name else []
+
+    def training_data(self) -> datasets.Dataset:
+        return self.votes
+
+    def provenance_besides(self) -> dict:
+        return {"criteria": self.criteria}
+
+    def model_card(self, model_name: str | None = None, dataset_name: str | None = None, **fields) -> ModelCard:
         args, pairs = self.args, self.train_dataset
         evaluations = [entry for entry in self.state.log_history if "eval_order_swap_gap" in entry]
         last = evaluations[-1] if evaluations else {}
@@ -296,7 +298,7 @@ class JudgeTrainer(Trainer):
             "limits": ["It likes what its raters liked; on images unlike those they saw it can be fooled."],
             "eval_dataset": f"{len(self.eval_dataset or [])} questions on pairs of unseen cases",
             "evaluation_table": table(evaluation),
-            "command": " ".join(sys.argv),
+            "command": shown_command(shlex.join(sys.argv)),
             "seed": args.seed,
             "commit": source_commit(),
             "environment": current_environment(),
@@ -310,7 +312,7 @@ class JudgeTrainer(Trainer):
             library_name="peft" if adapters else "transformers",
             pipeline_tag="image-text-to-text",
             base_model=base,
-            tags=["reward-model", *TAGS, *(tags or [])],
+            tags=["reward-model", *TAGS],
         )
         text = CARD.format(
             metadata=metadata.to_yaml(),
@@ -321,10 +323,10 @@ class JudgeTrainer(Trainer):
             repo_id=self.hub_model_id or args.output_dir,
             updates=self.state.global_step,
             questions=len(pairs),
-            dataset=dataset_name or "an unnamed data set",
+            dataset=dataset_name or self.dataset_name or "an unnamed data set",
             **{name: render_card(name, **fields).text.strip() for name in CARD_PARTS},
         )
-        save_card(ModelCard(text), args.output_dir)
+        return ModelCard(text)
 
 
 CARD_PARTS = ("intended_use", "raters", "evaluation", "provenance")
@@ -349,13 +351,17 @@ The reward is the probability of Yes, renormalised over both answers
 ## How to use
 
 ```python
+from diffusers.utils import load_image
+
 from onereward.rewards.judge import GenerativeJudge
 
 judge = GenerativeJudge.from_pretrained("{repo_id}")
-better = judge.compare(images_0, images_1, tasks=tasks, criterion="{criterion}")  # (B,) in [0, 1]
+first, second = load_image("generated.png"), load_image("image.png")
+# one probability for each pair, here one, that the first is better
+print(judge.compare([first], [second], tasks=["fill"], criterion="{criterion}"))
 ```
 
-Images are `(B, C, H, W)` in [0, 1]. The judge can be passed to `DDPOTrainer(reward_funcs=judge)` as it is.
+The judge can be passed to `DDPOTrainer(reward_funcs=judge)` as it is.
 
 {intended_use}
 

@@ -1,6 +1,7 @@
 """Trains the reward model on votes."""
 
 import copy
+import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate.utils import broadcast
+from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -19,18 +21,20 @@ from scipy.stats import spearmanr
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from onereward.data.schema import rows_to_tensors
 from onereward.data.whole_file import whole_file
-from onereward.hub.cards import reward_model_card, save_card, source_commit
+from onereward.hub.cards import reward_model_card
+from onereward.hub.environment import source_commit
 from onereward.preferences import best_possible_accuracy
 from onereward.rewards.configuration_onereward import OneRewardConfig
 from onereward.rewards.laplace import fisher_information, last_layer_posterior
 from onereward.rewards.losses import NO_TIES, davidson_log_probabilities, preference_loss, smoothed
 from onereward.rewards.modeling_onereward import OneRewardModel, OneRewardOutput
 from onereward.rewards.rater_terms import RaterTerms
+from onereward.trainers.hub import HubTrainer
 
 
 TRAINING_STATE = "training_state.safetensors"  # of a checkpoint: what is trained but not published
@@ -404,7 +408,7 @@ def _differences(
     return difference, outputs.stds[first] ** 2 + outputs.stds[second] ** 2
 
 
-class RewardTrainer(Trainer):
+class RewardTrainer(HubTrainer):
     r"""
     Trains a [`OneRewardModel`] on votes, all criteria at once: on pairs with the Bradley-Terry model with ties, on
     ratings as on shares of a vote against a bar, and beside it the habits of the raters ([`RaterTerms`]), which are
@@ -450,6 +454,8 @@ class RewardTrainer(Trainer):
     ```
     """
 
+    kind, data_role = "reward-model", "votes"
+
     def __init__(
         self,
         model: OneRewardModel,
@@ -461,6 +467,7 @@ class RewardTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         args, config = args or RewardConfig(), model.config
+        self.votes = train_dataset
         self.ceiling = best_possible_accuracy(eval_dataset, eval_truths) if eval_truths else {}
         questions = train_dataset and Questions(train_dataset, config)
         if questions:
@@ -632,6 +639,8 @@ class RewardTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         # `Trainer` would add its arguments as a pickle, which has no place in a published folder.
+        if not self.args.should_save:
+            return
         folder, model = Path(output_dir or self.args.output_dir), self.accelerator.unwrap_model(self.model)
         state = {f"rater_terms.{name}": value for name, value in self.rater_terms.state_dict().items()}
         if isinstance(model.vision, PeftModel):
@@ -657,35 +666,33 @@ class RewardTrainer(Trainer):
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None, **fields
-    ) -> None:
-        """
-        Write the card of the reward model, with the last evaluation, to `args.output_dir`.
+    # ------------------------------------------------------------------------------------------------ card and origin
 
-        Args:
-            model_name (`str`, *optional*):
-                Title of the card. Defaults to the name of `args.output_dir`.
-            dataset_name (`str`, *optional*):
-                Name of the votes.
-            tags (`list[str]`, *optional*):
-                Unused: the tags of the card are those of all our reward models.
-            **fields:
-                Further fields of [`~onereward.hub.cards.reward_model_card`], in place of the trainer's own.
-        """
-        if not self.is_world_process_zero():
-            return
+    def loaded_from(self) -> list[tuple[str, str, str | None]]:
+        config = self.model.config
+        models = [("reward_model", config), ("backbone", config.vision_config)]
+        named = [(role, part._name_or_path, getattr(part, "_commit_hash", None)) for role, part in models]
+        return [model for model in named if model[1]]
+
+    def training_data(self) -> datasets.Dataset:
+        return self.votes
+
+    def provenance_besides(self) -> dict:
+        return {"criteria": list(self.model.config.criteria)}
+
+    def model_card(self, model_name: str | None = None, dataset_name: str | None = None, **fields) -> ModelCard:
         args, criteria = self.args, self.model.config.criteria
         measures = {"pair_accuracy": "accuracy", "ceiling": "ceiling", "log_loss": "log_loss", "ece": "ece_calibrated"}
         evaluations = [entry for entry in self.state.log_history if "eval_accuracy" in entry]
-        card = reward_model_card(
+        return reward_model_card(
             **{
                 "name": model_name or Path(args.output_dir).name,
                 "criteria": criteria,
                 "repo_id": self.hub_model_id or args.output_dir,
                 "training_data": (
                     f"{self.state.global_step} updates on {len(self.train_dataset)} pairs of "
-                    f"{dataset_name or 'an unnamed data set'}, by the Bradley-Terry model with ties (Davidson, 1970)."
+                    f"{dataset_name or self.dataset_name or 'an unnamed data set'}, by the Bradley-Terry model with "
+                    "ties (Davidson, 1970)."
                 ),
                 "raters": self.train_dataset.raters,
                 "num_votes": int(_votes_on(self.train_dataset).sum()),
@@ -698,11 +705,10 @@ class RewardTrainer(Trainer):
                 if evaluations
                 else {},
                 "eval_dataset": f"votes on {len(self.eval_dataset or [])} pairs of unseen cases",
-                "command": " ".join(sys.argv),
+                "command": shlex.join(sys.argv),
                 "seed": args.seed,
                 "limits": ["It likes what its raters liked; on images unlike those they saw it can be fooled."],
                 "commit": source_commit(),
                 **fields,
             }
         )
-        save_card(card, args.output_dir)

@@ -1,21 +1,29 @@
 """Supervised training of the denoiser: from scratch, fully fine-tuned, or through a LoRA adapter."""
 
 import os
+import shlex
+import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 from diffusers.training_utils import compute_snr
+from huggingface_hub import ModelCard
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from onereward.data.masks import random_mask
 from onereward.data.schema import rows_to_tensors
 from onereward.hub.adapters import PEFT_WEIGHTS, save_adapter
+from onereward.hub.cards import adapter_card, pipeline_card
+from onereward.hub.environment import source_commit
 from onereward.pipelines.pipeline_onereward_mask import TASK_PROMPTS, MaskConditions, OneRewardMaskPipeline
-from onereward.trainers.ema import WEIGHTS_BEHIND_EMA, WeightAverage
+from onereward.trainers.ema import WeightAverage
+from onereward.trainers.hub import HubTrainer, loaded_revision
 
 
 @dataclass
@@ -51,6 +59,9 @@ class SFTConfig(TrainingArguments):
         ema_decay (`float`, *optional*):
             Decay of the moving average of the weights, which is what is evaluated and saved; it warms up as
             `(1 + step) / (10 + step)`. No averaging when left out.
+        hub_base_model (`str`, *optional*):
+            Id on the Hub of the pipeline that was loaded from a folder here: an adapter that is published must say
+            which one it is for.
     """
 
     output_dir: str | None = field(default="sft", metadata={"help": "Where the result and checkpoints are written."})
@@ -66,6 +77,9 @@ class SFTConfig(TrainingArguments):
     mask_loss_weight: float = field(default=4.0, metadata={"help": "Weight of the loss inside the mask."})
     snr_gamma: float | None = field(default=None, metadata={"help": "Cap of min-SNR weighting, e.g. 5."})
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the average of the weights."})
+    hub_base_model: str | None = field(
+        default=None, metadata={"help": "Id on the Hub of the pipeline, where it was loaded from a folder here."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,7 +121,7 @@ class _Denoiser(torch.nn.Module):
         self.unet.enable_gradient_checkpointing()  # the name that diffusers has for it
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(HubTrainer):
     r"""
     Trains the denoiser of a [`OneRewardMaskPipeline`] to fill masks as the targets of row-schema data show. With
     `peft_config` a LoRA adapter is trained and saved in the formats of diffusers and PEFT; without, the denoiser (and,
@@ -268,21 +282,17 @@ class SFTTrainer(Trainer):
     # --------------------------------------------------------------------------------------------- saving and resuming
 
     def _save(self, output_dir: str | None = None, state_dict=None):
-        output_dir = output_dir or self.args.output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        self.ema.save_weights_behind(output_dir)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):  # to go on from
+            self.ema.save_weights_behind(folder)
         with self.ema.applied():
             if self.peft_config is None:
-                self.pipeline.save_pretrained(output_dir)
+                self.pipeline.save_pretrained(folder)
             else:
-                base_model = getattr(self.pipeline.config, "_name_or_path", None)
-                save_adapter(self.pipeline, output_dir, base_model=base_model)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        super().save_model(output_dir, _internal_call)
-        behind = os.path.join(output_dir or self.args.output_dir, WEIGHTS_BEHIND_EMA)
-        if not _internal_call and os.path.exists(behind):
-            os.remove(behind)
+                save_adapter(self.pipeline, folder, base_model=self._base_model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         pipeline = self.pipeline
@@ -297,3 +307,45 @@ class SFTTrainer(Trainer):
             weights = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
             set_peft_model_state_dict(pipeline.unet, weights)  # in place: a second adapter would not be trained
         self.ema.load_weights_behind(resume_from_checkpoint)
+
+    # ------------------------------------------------------------------------------------------------ card and origin
+
+    @property
+    def kind(self) -> str:
+        return "pipeline" if self.peft_config is None else "adapter"
+
+    @property
+    def _base_model(self) -> str | None:
+        return getattr(self.pipeline.config, "_name_or_path", None)
+
+    def loaded_from(self) -> list[tuple[str, str, str | None]]:
+        return [("base_model", self._base_model, loaded_revision(self.pipeline))] if self._base_model else []
+
+    def model_card(self, model_name: str | None = None, dataset_name: str | None = None, **fields) -> ModelCard:
+        args = self.args
+        losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+        fields = {"pipeline_class": type(self.pipeline).__name__, **fields}
+        if self.peft_config is None:
+            make_card, figures = pipeline_card, {"value": losses[-1]} if losses else {}
+            fields = {"labels": self.pipeline.config.get("labels"), **fields}
+        else:
+            make_card, figures = adapter_card, {"before": losses[0], "after": losses[-1]} if losses else {}
+        return make_card(
+            **{
+                "name": model_name or Path(args.output_dir).name,
+                "base_model": self._base_model,
+                "repo_id": self.hub_model_id or args.output_dir,
+                "training_data": (
+                    f"{self.state.global_step} updates of supervised training on {len(self.train_dataset)} rows of "
+                    f"{dataset_name or self.dataset_name or 'an unnamed data set'}."
+                ),
+                "evaluation": {"loss": figures} if figures else {},
+                "eval_dataset": f"{len(self.eval_dataset or [])} unseen rows",
+                "command": shlex.join(sys.argv),
+                "seed": args.seed,
+                "limits": ["It paints what its training data had; on images unlike those it can be wrong."],
+                "example_prompt": self.train_dataset[0]["prompt"],
+                "commit": source_commit(),
+                **fields,
+            }
+        )

@@ -1,16 +1,23 @@
 """Trains the small autoencoder that a pipeline from scratch needs before its denoiser can be trained."""
 
 import os
+import shlex
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import datasets
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from onereward.data.schema import rows_to_tensors
+from onereward.hub.cards import TAGS, render_card, shown_command
+from onereward.hub.environment import current_environment, source_commit
+from onereward.trainers.hub import HubTrainer
 
 
 @dataclass
@@ -64,7 +71,7 @@ class _Reconstruction(torch.nn.Module):
         return self.vae.decode(latents).sample, posterior
 
 
-class VAETrainer(Trainer):
+class VAETrainer(HubTrainer):
     r"""
     Trains an [`~diffusers.AutoencoderKL`] on the images and targets of row-schema data, then sets its scaling factor
     so that latents have unit variance (https://huggingface.co/papers/2112.10752, section G).
@@ -91,6 +98,8 @@ class VAETrainer(Trainer):
     >>> VAETrainer(pipeline.vae, VAEConfig(max_steps=2), dataset).train()
     ```
     """
+
+    kind = "vae"
 
     def __init__(
         self,
@@ -147,9 +156,64 @@ class VAETrainer(Trainer):
         latents = torch.cat(latents)
         vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
+    def loaded_from(self) -> list[tuple[str, str, str | None]]:
+        name = self.vae.config.get("_name_or_path")
+        return [("base_model", name, None)] if name else []
+
+    def model_card(self, model_name: str | None = None, dataset_name: str | None = None, **fields) -> ModelCard:
+        fields = {
+            "limits": ["It rebuilds what its training data had; on images unlike those it can be wrong."],
+            "synthetic": "What it rebuilds is not the image that it saw: do not show it as an acquired one.",
+            "command": shlex.join(sys.argv),
+            "seed": self.args.seed,
+            "commit": source_commit(),
+            "environment": current_environment(),
+            **fields,
+        }
+        fields["command"] = shown_command(fields["command"])
+        text = CARD.format(
+            metadata=ModelCardData(library_name="diffusers", tags=["vae", *TAGS], license="apache-2.0").to_yaml(),
+            name=model_name or Path(self.args.output_dir).name,
+            repo_id=self.hub_model_id or self.args.output_dir,
+            updates=self.state.global_step,
+            rows=len(self.train_dataset),
+            dataset=dataset_name or self.dataset_name or "an unnamed data set",
+            **{name: render_card(name, **fields).text.strip() for name in ("intended_use", "provenance")},
+        )
+        return ModelCard(text)
+
     def _save(self, output_dir: str | None = None, state_dict=None):
-        self.vae.save_pretrained(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.vae.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         weights = load_file(os.path.join(resume_from_checkpoint, "diffusion_pytorch_model.safetensors"))
         self.vae.load_state_dict(weights)
+
+
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+**Research use only, not for clinical use.**
+
+The autoencoder of a pipeline for mask-guided medical image generation.
+
+## How to use
+
+```python
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained("{repo_id}")
+```
+
+{intended_use}
+
+## Training
+
+{updates} updates on the images and targets of {rows} rows of {dataset}.
+
+{provenance}
+"""
