@@ -35,11 +35,17 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    "space": ["gradio[oauth]>=6.0"],
+    "space": ["gradio[oauth]>=6.31", "spaces>=0.50", "pydicom>=3.0", "pandas>=2.2"],
     "dicom": ["pydicom>=3.0", "highdicom>=0.23"],
     "itk": ["SimpleITK>=2.4"],
     "opencv": ["opencv-python-headless>=4.10"],  # two baselines of the counterfactual benchmark
     "lpips": ["lpips>=0.1.4"],  # brings torchvision, hence outside of everything else
+    "docs": [
+        "mkdocs>=1.6,<2",
+        "mkdocs-material>=9.8",
+        "mkdocstrings-python>=2.0",
+        "latex2mathml>=3.81",  # formulas without a script from elsewhere
+    ],
     "dev": [
         "pytest>=8.0",
         "pytest-xdist>=3.6",
@@ -48,6 +54,7 @@ EXTRAS_REQUIRE = {
         "scikit-image>=0.25",
         "scikit-learn>=1.6",
         "choix>=0.4",
+        "playwright>=1.55",  # drives a Chromium that is installed already
         "tensorboard>=2.18",
     ],
 }

@@ -1,8 +1,9 @@
 """What the README and the docs tell people to type works.
 
-Python blocks of a page are run one after the other in one process, JSON and YAML blocks are parsed, and of shell
-blocks every make target, script, subcommand and option must exist; the slow tests run the commands too. A block that
-cannot run here (it needs the Hub, or data of the reader's own) is marked in the line above it:
+The blocks of a page are run in their order: Python in one process, and the `onereward` and `python` commands of shell
+blocks between them, which the slow tests do on every page and the others on the tutorials alone. JSON and YAML blocks
+are parsed, and of every shell block the make targets, scripts, subcommands and options must exist. The Hub is that of
+tests/conftest.py. A block that cannot run here (data of the reader's own, hours) is marked in the line above it:
 `<!-- not run: reason -->`.
 """
 
@@ -21,14 +22,15 @@ from trl import TrlParser
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SHELL = ("bash", "sh", "shell", "console")
+PYTHON = ("python", "py")
 BLOCK = re.compile(
     r"(?P<skip><!-- not run: [^>]+ -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(ROOT / "src"),
-    "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "MPLBACKEND": "Agg",
     "COLUMNS": "300",
@@ -41,18 +43,38 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROO
 
 
 def blocks(page, *languages):
-    """`(line of the first line of code, code)` of each block that is not marked."""
+    """`(line of the first line of code, language, code)` of each block that is not marked."""
     text = page.read_text(encoding="utf-8")
     for match in BLOCK.finditer(text):
         if match["language"] in languages and not match["skip"]:
-            yield text.count("\n", 0, match.start("code")), match["code"]
+            yield text.count("\n", 0, match.start("code")), match["language"], match["code"]
+
+
+def command_lines(code):
+    """The commands of one shell block as lists of words."""
+    for line in code.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line.strip().removeprefix("$ "), comments=True):
+            yield [Path(words[0]).name, *words[1:]]  # .venv/bin/onereward is onereward
 
 
 def commands(page):
-    for _, code in blocks(page, "bash", "sh", "shell", "console"):
-        for line in code.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line.strip().removeprefix("$ "), comments=True):
-                yield [Path(words[0]).name, *words[1:]]  # .venv/bin/onereward is onereward
+    for _, _, code in blocks(page, *SHELL):
+        yield from command_lines(code)
+
+
+def script_of(page, with_commands):
+    """All blocks of a page as one Python script, each at its line, so that a traceback names the page's own lines."""
+    lines = []
+    for start, language, code in blocks(page, *PYTHON, *(SHELL if with_commands else ())):
+        lines += [""] * (start - len(lines))
+        if language in PYTHON:
+            lines += code.splitlines()
+            continue
+        for program, *arguments in command_lines(code):
+            if program in ("onereward", "python", "python3"):
+                words = [*(ONEREWARD if program == "onereward" else [sys.executable]), *arguments]
+                lines.append(f"__import__('subprocess').run({words}, check=True)")
+    return "\n".join(lines) + "\n"
 
 
 @pytest.fixture
@@ -71,20 +93,18 @@ def run(command, folder):
 
 
 @each_page
-def test_python_runs(page, workplace):
-    lines = []
-    for start, code in blocks(page, "python", "py"):
-        lines += [""] * (start - len(lines)) + code.splitlines()  # so that a traceback names the page's own lines
+def test_page_runs(page, workplace):
     script = workplace / f"{page.stem}.py"
-    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    run([sys.executable, script], workplace)
+    script.write_text(script_of(page, with_commands=page.parent.name == "tutorials"), encoding="utf-8")
+    if script.read_text(encoding="utf-8").strip():
+        run([sys.executable, script], workplace)
 
 
 @each_page
 def test_json_and_yaml_parse(page):
-    for _, code in blocks(page, "json"):
+    for _, _, code in blocks(page, "json"):
         assert json.loads(code) is not None
-    for _, code in blocks(page, "yaml", "yml"):
+    for _, _, code in blocks(page, "yaml", "yml"):
         assert yaml.safe_load(code) is not None
 
 
@@ -123,9 +143,7 @@ def test_relative_links_and_pictures_exist(page):
 
 @pytest.mark.slow
 @each_page
-def test_commands_run(page, workplace):
-    for program, *arguments in commands(page):
-        if program == "onereward":
-            run([*ONEREWARD, *arguments], workplace)
-        elif program in ("python", "python3"):
-            run([sys.executable, *arguments], workplace)
+def test_page_runs_with_its_commands(page, workplace):
+    script = workplace / f"{page.stem}.py"
+    script.write_text(script_of(page, with_commands=True), encoding="utf-8")
+    run([sys.executable, script], workplace)
