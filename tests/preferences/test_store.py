@@ -1,5 +1,6 @@
 """What `VoteStore` promises: an acknowledged vote is there, once, whatever happens to whoever wrote it."""
 
+import hashlib
 import os
 import shutil
 import sqlite3
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import datasets
@@ -14,13 +16,17 @@ import numpy as np
 import pytest
 
 from onereward.preferences import VOTE_FEATURES, VOTE_SCHEMA_VERSION, load_votes, save_votes
-from onereward.preferences.schema import VOTE_DEFAULTS, encoded_rows
+from onereward.preferences.schema import PICTURES, VOTE_DEFAULTS, encoded_rows
 from onereward.preferences.store import APPLICATION_ID, VoteStore
 
 
 sys.path.append(str(Path(__file__).parent))
 
 from vote_writers import make_vote  # noqa: E402
+
+
+OLD_TYPES = {"string": "TEXT", "bool": "INTEGER", "float32": "REAL", "float64": "REAL"}
+OLD_TYPES |= dict.fromkeys(("int8", "int32", "int64"), "INTEGER")
 
 
 def complete(vote):
@@ -336,6 +342,134 @@ def test_votes_of_version_1_are_upgraded_by_an_import(store, tmp_path):
     assert store.import_votes(tmp_path / "new.parquet") == (0, [])
 
 
+# ----------------------------------------------------------------------------------------------- taken back, published
+
+
+def test_a_vote_that_was_taken_back_is_left_out_and_stays_on_file(store, path, tmp_path):
+    store.add_many(make_votes(range(4)))
+    store.retract("0-1")
+    store.retract(["0-1", "0-3"])
+    assert store.votes()["vote_id"] == ["0-0", "0-2"] and len(store) == 2
+    assert store.export(tmp_path / "votes.parquet") == 2
+    assert load_votes(tmp_path / "votes.parquet")["vote_id"] == ["0-0", "0-2"]
+    assert sql(path, "SELECT vote_id FROM vote ORDER BY number") == [(f"0-{n}",) for n in range(4)]
+    assert [vote["retracted"] for vote in store.history("rater-0")] == [0, 1, 0, 1]
+    assert store.judged() == [("rater-0", "0-0")]
+    store.close()
+    assert store.votes()["vote_id"] == ["0-0", "0-2"]
+
+
+def test_what_was_taken_back_is_not_acknowledged_when_it_comes_again(store):
+    store.add_many(make_votes(range(2)))
+    store.retract("0-1")
+    with pytest.raises(ValueError, match="'0-1' was taken back; give the new answer an id of its own"):
+        store.add(make_vote(0, 1))
+    votes = datasets.Dataset.from_list([complete(vote) for vote in make_votes(range(3))], features=VOTE_FEATURES)
+    new, conflicts = store.import_votes(votes, keep_good=True)
+    assert new == 1 and [row for row, _ in conflicts] == [1]
+    assert store.votes()["vote_id"] == ["0-0", "0-2"]
+
+
+def test_what_is_frozen_is_not_taken_back_and_what_was_taken_back_is_not_frozen(store):
+    store.add_many(make_votes(range(4)))
+    store.freeze(["0-0", "0-1"])
+    store.freeze(["0-0"])
+    assert store.frozen() == {"0-0", "0-1"}
+    with pytest.raises(ValueError, match="'0-1' is published already"):
+        store.retract(["0-2", "0-1"])
+    assert len(store) == 4  # all or none
+    store.retract("0-2")
+    with pytest.raises(ValueError, match="'0-2' was taken back"):
+        store.freeze(["0-3", "0-2"])
+    assert store.frozen() == {"0-0", "0-1"}
+    for call in (store.retract, lambda vote: store.freeze([vote])):
+        with pytest.raises(ValueError, match="'9-9' is not in the store"):
+            call("9-9")
+
+
+def test_unfrozen_are_the_votes_that_are_old_enough_to_leave(store):
+    now = datetime.now(UTC)
+    ages = {0: 601, 1: 599, 2: 10_000, 3: -60}  # the last one by a clock that was put back since
+    for number, age in ages.items():
+        # any way of writing a time, as other programs have
+        zone = timezone(timedelta(hours=number - 1))
+        created = (
+            (now - timedelta(seconds=age)).astimezone(zone).isoformat(timespec=("seconds", "microseconds")[number % 2])
+        )
+        store.add({**make_vote(0, number), "created_at": created})
+    store.add({**make_vote(0, 4), "created_at": "yesterday"})
+    assert store.unfrozen(600)["vote_id"] == ["0-0", "0-2", "0-4"]
+    assert store.unfrozen()["vote_id"] == [f"0-{n}" for n in range(5)]
+    store.freeze(["0-0"])
+    store.retract("0-4")
+    assert store.unfrozen(600)["vote_id"] == ["0-2"]
+    assert next(encoded_rows(store.unfrozen(600))) == next(encoded_rows(store.votes().select([2])))
+
+
+def test_votes_without_pictures_are_the_same_votes(store):
+    store.add_many(make_votes(range(4)))
+    assert store.votes(pictures=False).to_dict() == store.votes().remove_columns(list(PICTURES)).to_dict()
+
+
+def test_a_file_of_the_first_release_is_brought_up_to_date_without_loss(path):
+    """The tables as version 0.1 made them, and a vote that its code wrote."""
+    columns = ", ".join(
+        f'"{name}" ' + ("TEXT REFERENCES picture (sha256)" if name in PICTURES else OLD_TYPES[feature.dtype])
+        for name, feature in VOTE_FEATURES.items()
+    )
+    old = sqlite3.connect(path, isolation_level=None)
+    old.execute("PRAGMA journal_mode = WAL")
+    old.execute("CREATE TABLE picture (sha256 TEXT PRIMARY KEY NOT NULL, content BLOB NOT NULL)")
+    old.execute(f"CREATE TABLE vote (number INTEGER PRIMARY KEY, {columns}, UNIQUE (vote_id))")
+    old.execute(f"PRAGMA application_id = {0x4F6E6552}")
+    old.execute("PRAGMA user_version = 2")
+    for number in range(3):
+        vote = complete(make_vote(0, number))
+        values = []
+        for name, value in vote.items():
+            if name in PICTURES and value is not None:
+                content = value["bytes"]
+                value = hashlib.sha256(content).hexdigest()
+                old.execute("INSERT OR IGNORE INTO picture VALUES (?, ?)", (value, content))
+            values.append(value)
+        names = ", ".join(f'"{name}"' for name in vote)
+        old.execute(f"INSERT INTO vote ({names}) VALUES ({', '.join('?' * len(values))})", values)
+    old.close()
+    with VoteStore(path) as store:
+        assert list(encoded_rows(store.votes())) == [complete(vote) for vote in make_votes(range(3))]
+        assert store.add_many(make_votes(range(5))) == 2
+        store.freeze(["0-0"])
+        store.retract("0-4")
+        assert store.unfrozen()["vote_id"] == ["0-1", "0-2", "0-3"]
+    assert sql(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_one_bad_vote_does_not_spoil_those_that_share_its_transaction(store):
+    """Threads that wait for the disk are written together; each gets its own outcome."""
+    store.add(make_vote(0, 0))
+    outcomes = {}
+
+    def write(number):
+        vote = {**make_vote(0, 0), "rater": "somebody else"} if number % 3 == 0 else make_vote(0, number)
+        try:
+            outcomes[number] = store.add(vote)
+        except ValueError as error:
+            outcomes[number] = str(error)
+
+    together = []
+    real = store._write
+    store._write = lambda tasks: (together.append(len(tasks)), time.sleep(0.01), real(tasks))
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(1, 31)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(together) > 1 and sum(together) == 30
+    for number, outcome in outcomes.items():
+        assert outcome is True if number % 3 else "is in the store with another content" in outcome
+    assert set(store.votes()["vote_id"]) == {"0-0", *(f"0-{n}" for n in range(1, 31) if n % 3)}
+
+
 # ---------------------------------------------------------------------------------------------------------- the file
 
 
@@ -418,3 +552,15 @@ def test_a_closed_store_opens_again(path):
     assert not path.with_name("votes.sqlite-wal").exists()  # all is in the one file
     assert len(store) == 1
     store.close()
+
+
+def test_a_store_that_was_stopped_takes_no_new_votes_and_still_gives_and_imports(tmp_path):
+    store, other = VoteStore(tmp_path / "votes.sqlite"), VoteStore(tmp_path / "other.sqlite")
+    store.add(make_vote(0, 0))
+    other.add(make_vote(0, 1))
+    store.stop()
+    with pytest.raises(OSError, match="takes no more votes"):
+        store.add(make_vote(0, 2))
+    assert store.import_votes(other.votes()) == (1, [])
+    assert len(store) == len(store.votes()) == 2
+    assert VoteStore(tmp_path / "votes.sqlite").add(make_vote(0, 2))

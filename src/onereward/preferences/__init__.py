@@ -18,6 +18,7 @@ from .schema import (
 )
 from .simulated import RATERS, SimulatedRater, best_possible_accuracy, simulate_votes, true_utilities
 from .store import VoteStore
+from .study import Item, Receipt, Study, StudyError, StudySettings, Unit, make_study, study_units
 
 
 __all__ = [
@@ -26,19 +27,27 @@ __all__ = [
     "RATERS",
     "VOTE_FEATURES",
     "VOTE_SCHEMA_VERSION",
+    "Item",
+    "Receipt",
     "SimulatedRater",
+    "Study",
+    "StudyError",
+    "StudySettings",
+    "Unit",
     "VoteStore",
     "best_possible_accuracy",
     "best_worst_votes",
     "davidson_probabilities",
     "load_votes",
     "make_candidates",
+    "make_study",
     "next_questions",
     "pairs_for_training",
     "phi_warning",
     "rater_id",
     "save_votes",
     "simulate_votes",
+    "study_units",
     "true_utilities",
     "upgrade_votes",
     "validate_votes",

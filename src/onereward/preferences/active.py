@@ -168,7 +168,7 @@ def next_questions(
         candidates = open_questions[place]
         # the first is the one that tells most
         order = rng.permutation(len(candidates)) if rng.random() < random_share else range(len(candidates))
-        fewest = min(order, key=lambda i: max(shown[name] for name in images[candidates[i]]))
+        fewest = min(order, key=lambda i: max(shown[name] for name in images[candidates[i]])) if shown else order[0]
         pair = candidates.pop(fewest)
         if not candidates:
             del open_questions[place]
