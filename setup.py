@@ -18,6 +18,7 @@ INSTALL_REQUIRES = [
     "trl>=1.16",
     "datasets>=5.2",
     "huggingface_hub>=2.4",
+    "filelock>=3.13",
     "peft>=0.21",
     "accelerate>=1.15",
     "safetensors>=0.8",
