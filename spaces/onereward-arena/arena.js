@@ -1,0 +1,105 @@
+// Zoom and pan of several images in step, the blend slider, keys to vote with, and how long an answer took.
+// All by delegation from the document, since Gradio draws its elements anew.
+
+// The theme is dark whatever the browser prefers. Gradio reads this from the address, before this script runs.
+{
+  const address = new URL(window.location);
+  if (address.searchParams.get("__theme") !== "dark") {
+    address.searchParams.set("__theme", "dark");
+    window.location.replace(address);
+  }
+}
+
+// Gradio's editor measures itself before the page has its width, and again only when that changes.
+setInterval(() => {
+  const canvas = document.querySelector("#editor canvas"), target = canvas?.parentElement;
+  if (target && Math.abs(canvas.clientWidth - target.clientWidth) > 2)
+    target.style.width = target.style.width ? "" : "calc(100% - 1px)";
+}, 500);
+
+(() => {
+  const group = (element) => element.closest(".synchronised");
+  const place = (box, zoom, x, y) => {
+    zoom = Math.min(16, Math.max(1, zoom));
+    const reach = (zoom - 1) / 2;
+    x = Math.min(reach, Math.max(-reach, x));
+    y = Math.min(reach, Math.max(-reach, y));
+    Object.assign(box.dataset, { zoom, x, y });
+    box.style.setProperty("--zoom", zoom);
+    box.style.setProperty("--x", `${100 * x}%`);
+    box.style.setProperty("--y", `${100 * y}%`);
+  };
+  const now = (box) => ["zoom", "x", "y"].map((name) => Number(box.dataset[name] ?? (name === "zoom" ? 1 : 0)));
+  const zoomBy = (box, factor) => {
+    const [zoom, x, y] = now(box);
+    const to = Math.min(16, Math.max(1, zoom * factor));
+    place(box, to, (x * to) / zoom, (y * to) / zoom);
+  };
+
+  document.addEventListener("wheel", (event) => {
+    const view = event.target.closest?.(".view");
+    if (!view || !(event.ctrlKey || event.shiftKey || now(group(view))[0] > 1 || event.target.closest(".zoomable"))) return;
+    event.preventDefault();
+    zoomBy(group(view), event.deltaY < 0 ? 1.15 : 1 / 1.15);
+  }, { passive: false });
+
+  let drag = null;
+  document.addEventListener("pointerdown", (event) => {
+    const view = event.target.closest?.(".view");
+    if (!view || now(group(view))[0] === 1) return;
+    drag = { view, at: [event.clientX, event.clientY] };
+    view.classList.add("dragged");
+    event.preventDefault();
+  });
+  document.addEventListener("pointermove", (event) => {
+    if (!drag) return;
+    const box = group(drag.view), [zoom, x, y] = now(box), size = drag.view.getBoundingClientRect();
+    place(box, zoom, x + (event.clientX - drag.at[0]) / size.width, y + (event.clientY - drag.at[1]) / size.height);
+    drag.at = [event.clientX, event.clientY];
+  });
+  document.addEventListener("pointerup", () => {
+    drag?.view.classList.remove("dragged");
+    drag = null;
+  });
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest?.("[data-zoom-by]");
+    if (!button) return;
+    const factor = Number(button.dataset.zoomBy);
+    factor ? zoomBy(group(button), factor) : place(group(button), 1, 0, 0);
+  });
+  document.addEventListener("input", (event) => {
+    const name = event.target.dataset?.sets;
+    if (!name) return;
+    const value = event.target.type === "checkbox" ? Number(event.target.checked) : event.target.value / 100;
+    group(event.target).style.setProperty(name, value);
+  });
+
+  // Voting by keys, while the voting panel is on the screen and nobody is typing.
+  const keys = {
+    ArrowLeft: "answer-left", ArrowRight: "answer-right", ArrowDown: "answer-tie", x: "answer-neither",
+    u: "undo", r: "answer-real", s: "answer-synthetic", 0: "answer-no-difference",
+  };
+  const onScreen = (id) => {
+    const element = document.getElementById(id);
+    const button = element?.matches("button") ? element : element?.querySelector("button");
+    return button && button.offsetParent !== null && !button.disabled ? button : null;
+  };
+  document.addEventListener("keydown", (event) => {
+    if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.closest?.("input, textarea, select, [contenteditable], [role=slider], [role=tab], [role=radio]")) return;
+    const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+    const button = onScreen(keys[key] ?? (/^[1-9]$/.test(key) ? `number-${key}` : ""));
+    if (!button) return;
+    event.preventDefault();
+    button.click();
+  });
+
+  // The clock starts when a question is drawn; `arenaSeconds()` is how long it has been there.
+  let shown = performance.now(), question = "";
+  new MutationObserver(() => {
+    const now = document.getElementById("question")?.innerText ?? "";
+    if (now !== question) [question, shown] = [now, performance.now()];
+  }).observe(document, { childList: true, subtree: true, characterData: true });
+  window.arenaSeconds = () => Math.round(performance.now() - shown) / 1000;
+})();
