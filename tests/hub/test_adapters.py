@@ -317,3 +317,13 @@ def test_adapters_of_flow_matching_denoisers_come_back_through_both_loaders(make
     peft.transformer = PeftModel.from_pretrained(peft.transformer, f"org/both-{make}").base_model.model
     for loaded in (ours, diffusers, peft):
         np.testing.assert_allclose(paint_flow(loaded), paint_flow(saved), atol=1e-6, rtol=0)
+
+
+def test_the_same_adapter_is_the_same_bytes_each_time(tiny_pipeline, tmp_path):
+    """safetensors writes its metadata in an order that chance decides: of 8 saves two would differ, nearly always."""
+    pipeline = tiny_pipeline()
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"]))
+    for number in range(8):
+        save_adapter(pipeline, tmp_path / str(number), base_model="org/base")
+    for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"):
+        assert len({(tmp_path / str(number) / name).read_bytes() for number in range(8)}) == 1, name

@@ -115,6 +115,7 @@ def save_adapter(pipeline, folder, *, base_model, adapter_name="default", state_
         if config.peft_type == PeftType.LORA:
             layers = {f"{component}_lora_layers": weights, f"{component}_lora_adapter_metadata": config.to_dict()}
             pipeline.save_lora_weights(temporary, **layers)
+            sort_header(Path(temporary, DIFFUSERS_WEIGHTS))
         save_file(
             {f"base_model.model.{name}": tensor for name, tensor in weights.items()},
             Path(temporary, PEFT_WEIGHTS),
@@ -123,6 +124,26 @@ def save_adapter(pipeline, folder, *, base_model, adapter_name="default", state_
         config.save_pretrained(temporary)
         for path in Path(temporary).iterdir():
             os.replace(path, folder / path.name)
+
+
+def sort_header(path):
+    """
+    Put the entries of a safetensors file's metadata into order. They are written in an order that chance decides, and
+    the same adapter would be another file each time it is saved.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file. Its tensors stay where they are.
+    """
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"{path} has a header that cannot be put into order: {len(text)} bytes for {size}.")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load_adapter(pipeline, name, adapter_name="default", trainable=False, revision=None):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from onereward.data.synthetic import is_synthetic
+from onereward.hub.adapters import sort_header
 from onereward.hub.provenance import is_repo_id
 
 
@@ -257,6 +258,7 @@ def name_base(folder: Path, base_model: str) -> None:
         if any(about[name] != base_model for name in names):
             header["lora_adapter_metadata"] = json.dumps(about | dict.fromkeys(names, base_model), indent=2)
             save_file(load_file(weights), weights, header)
+            sort_header(weights)
 
 
 def forget_folders(folder: Path) -> None:

@@ -282,6 +282,7 @@ class DDPOTrainer(HubTrainer):
         self.beta = args.beta
         self.start = None  # reward and standard deviation within groups of the first evaluation
         self._rollout = None
+        self._pictures = None  # of the card: fingerprint of the weights, before, after
         self._update_kl = []
         self._metrics = defaultdict(list)  # what the next log averages
         self._on_policy_checked = False
@@ -943,14 +944,17 @@ class DDPOTrainer(HubTrainer):
         keys = [(self.args.seed, EVALUATION, number) for number in numbers]
         self.model.eval()
         with self.ema.applied():
-            after = self.sampler.generate(conditions, keys).images
-            with self._reference():
-                before = self.sampler.generate(conditions, keys).images
+            # the same weights are not painted anew: the last bit may differ, and that would be a new release
+            weights = fingerprint(self.denoiser)
+            if self._pictures is None or self._pictures[0] != weights:
+                after = self.sampler.generate(conditions, keys).images
+                with self._reference():
+                    before = self.sampler.generate(conditions, keys).images
+                self._pictures = weights, before.cpu(), after.cpu()
+        _, before, after = self._pictures
         rows = [dataset[number] for number in numbers]
         labels = self.pipeline.config.get("labels") or LABELS
-        return write_gallery(
-            self.args.output_dir, rows, before.cpu(), after.cpu(), labels=labels, model=self.hub_model_id
-        )
+        return write_gallery(self.args.output_dir, rows, before, after, labels=labels, model=self.hub_model_id)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **fields) -> None:
         """
