@@ -333,6 +333,7 @@ def test_training_stops_when_a_reward_that_is_not_trained_on_stops_rising(tmp_pa
     assert not logged(trainer, "rewards/darkness/mean")
 
 
+@pytest.mark.slow
 def test_compiled_denoiser_gives_the_same_training(tmp_path):
     plain = weights_after_training(tmp_path)
     trainer = make_trainer(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")

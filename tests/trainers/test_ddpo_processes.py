@@ -63,7 +63,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+# one of them each time, the others in the slow run: two processes take 20 seconds to start and to end
+@pytest.mark.parametrize(
+    "options", [name if name == "penalty" else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
+)
 def test_two_processes_give_the_weights_of_one_with_their_batches_joined(tmp_path, options):
     config = dict(OPTIONS[options])
     one = {"per_device_train_batch_size": 16} if options == "folded" else {}
@@ -106,7 +109,7 @@ def test_all_weights_on_two_processes_are_those_on_one(tmp_path):
     assert (after - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["adapter", "all-weights"])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["adapter", "all-weights"])
 @pytest.mark.parametrize("engine", ["fsdp", "zero2"])
 def test_weights_split_over_two_processes_are_trained_saved_and_resumed_like_whole_ones(tmp_path, engine, full):
     config = {"full": full, "beta": 0.1, "kl_target": 1e-6, "save_strategy": "steps", "save_steps": 1}
