@@ -2,148 +2,29 @@
 
 import json
 import math
-import shutil
 import threading
 import time
-import weakref
 import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 import gradio as gr
 import numpy as np
 from access import RateLimit, caller
-from gradio.utils import get_upload_folder
-from guard import MAX_UPLOAD, fresh_folder, one_line
+from guard import fresh_folder, one_line
+from opened import PAINT_SIZE, Opened, enlarged, open_picture, painted, read_mask, read_once
 from painting import BASE, LIMITS, Job, Painter
 from PIL import Image
 from views import difference, figure, outline, reward_bars, side_by_side, slider
 
-from onereward.data.scans import (
-    AXES,
-    BadScan,
-    Scan,
-    default_window,
-    plane,
-    plane_affine,
-    read_labels,
-    read_scan,
-    reorient,
-    window,
-)
-from onereward.data.synthetic import is_synthetic
+from onereward.data.scans import AXES, plane, window
 from onereward.generate import GenerateSettings, write_painted
 
 
-PAINT_SIZE = 512  # a small picture is enlarged to about this, to be painted on
-MAX_PIXELS, MAX_VOXELS = 2048**2, 2**25
-MAX_OPEN = 512 * 2**20  # bytes of all pictures that are open at once, of whomever
 COLORS = ["#ffb03b", "#e4572e", "#3fa7d6", "#59cd90", "#b084cc", "#f6f740"]
 EXAMPLES = Path(__file__).parent / "examples"
-
-
-@dataclass
-class Opened:
-    """A picture that is open: the scan, which slice of it is shown, and how."""
-
-    held: Scan | None
-    axis: str = "axial"
-    index: int = 0
-    window: tuple[float, float] = (127.5, 255.0)
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def scan(self) -> Scan:
-        if self.held is None:
-            raise ValueError("Your picture was put away, as others needed the room. Please open it again.")
-        return self.held
-
-    @property
-    def picture(self) -> np.ndarray:
-        """The slice in its own numbers."""
-        return (
-            plane(self.scan.pixels, self.scan.affine, self.axis, self.index)
-            if self.scan.is_volume
-            else self.scan.pixels
-        )
-
-    @property
-    def shown(self) -> np.ndarray:
-        """The slice as it is seen, 8 bits."""
-        return self.picture if self.picture.ndim == 3 else window(self.picture, *self.window)
-
-    @property
-    def spacing(self) -> tuple[float, float]:
-        if not self.scan.is_volume:
-            return self.scan.spacing or (1.0, 1.0)
-        place = plane_affine(self.scan.pixels.shape, self.scan.affine, self.axis, self.index)
-        return tuple(np.linalg.norm(place[:3, [1, 0]], axis=0))
-
-    @property
-    def num_slices(self) -> int:
-        return (
-            reorient(self.scan.pixels, self.scan.affine)[0].shape[AXES.index(self.axis)] if self.scan.is_volume else 1
-        )
-
-
-def open_picture(path: str) -> Opened:
-    """An upload, or a `ValueError` that says what is wrong with it."""
-    scan = read(read_scan, path)
-    opened = Opened(scan, window=default_window(scan), warnings=list(scan.warnings))
-    make_room(opened)
-    opened.index = opened.num_slices // 2
-    if opened.picture.shape[0] * opened.picture.shape[1] > MAX_PIXELS:
-        raise ValueError(f"The picture has {opened.picture.shape} pixels; at most {MAX_PIXELS} can be shown. Crop it.")
-    if is_synthetic(path):
-        opened.warnings.append("this file says that it is synthetic")
-    return opened
-
-
-READING, OPEN = threading.Lock(), []  # one file is read at a time, as each may take much memory
-
-
-def read(reader, path: str | Path) -> Scan:
-    """What [`read_scan`] or [`read_labels`] makes of a file, within the limits."""
-    if not isinstance(path, (str, Path)) or not Path(path).is_file():
-        raise ValueError("The upload is gone: DICOM files are read once. Please send it again.")
-    largest = MAX_VOXELS if str(path).endswith((".nii", ".gz")) else MAX_PIXELS
-    with READING:
-        return reader(path, max_bytes=MAX_UPLOAD, max_pixels=largest)
-
-
-def make_room(opened: Opened) -> None:
-    """Put the pictures away that were opened first, where all that are open take too much memory."""
-    with READING:
-        OPEN[:] = [one for one in OPEN if one() is not None] + [weakref.ref(opened)]
-        kept = [one for one in (reference() for reference in OPEN) if one is not None and one.held is not None]
-        size = sum(one.held.pixels.nbytes for one in kept)
-        for oldest in kept[:-1]:
-            if size > MAX_OPEN:
-                size -= oldest.held.pixels.nbytes
-                oldest.held = None
-
-
-@contextmanager
-def read_once(*paths: str | None):
-    """
-    For uploads that are read within: DICOM files, which name patients in their headers, do not stay, nor do files that
-    cannot be read, which may be anything.
-    """
-    refused = False
-    try:
-        yield
-    except BadScan:
-        refused = True
-        raise
-    finally:
-        for path in (Path(path) for path in paths if isinstance(path, str)):
-            if path.is_file() and path.is_relative_to(get_upload_folder()):
-                with open(path, "rb") as file:
-                    named = file.read(132)[128:] == b"DICM"
-                if named or refused:
-                    shutil.rmtree(path.parent) if path.parent != Path(get_upload_folder()) else path.unlink()
 
 
 def to_number(name: str, value, whole: bool = False) -> float:
@@ -153,45 +34,6 @@ def to_number(name: str, value, whole: bool = False) -> float:
     if whole and value != int(value):
         raise ValueError(f"`{name}` is {value}; it must be a whole number.")
     return int(value) if whole else float(value)
-
-
-def enlarged(picture: np.ndarray) -> np.ndarray:
-    """A small picture with each pixel repeated, so that there is room to paint."""
-    factor = max(1, PAINT_SIZE // max(picture.shape[:2]))
-    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def painted(layer: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:
-    """A layer of the editor as a mask of the source's own pixels: those that are painted on by half or more."""
-    if layer is None:
-        return np.zeros(shape, bool)
-    alpha = (layer[..., -1] if layer.ndim == 3 else layer) > 0
-    factor = max(1, PAINT_SIZE // max(shape))
-    if alpha.shape != (shape[0] * factor, shape[1] * factor):
-        raise ValueError(
-            f"The mask is {alpha.shape[1]}x{alpha.shape[0]} but the picture {shape[1]}x{shape[0]} pixels. Open the "
-            "picture again."
-        )
-    cells = alpha.reshape(shape[0], factor, shape[1], factor).mean(axis=(1, 3))
-    return cells >= 0.5 if (cells >= 0.5).any() else cells > 0
-
-
-def read_mask(path: str | Path, opened: Opened, labels: dict[str, int]) -> tuple[np.ndarray, np.ndarray | None]:
-    """An upload as a mask and, where it holds nothing but labels, a label map, on the pixels that are shown."""
-    found = read(read_labels, path)
-    if found.is_volume != opened.scan.is_volume and found.is_volume:
-        raise ValueError("The mask is a volume, but the picture is not.")
-    values = found.slice(opened.index, opened.axis) if found.is_volume else found.pixels
-    values = values if values.ndim == 2 else values.max(axis=2)
-    if values.shape != opened.picture.shape[:2]:
-        raise ValueError(
-            f"The mask is {values.shape[1]}x{values.shape[0]} but the picture {opened.picture.shape[1]}x"
-            f"{opened.picture.shape[0]} pixels; both must have one size."
-        )
-    if not values.any():
-        raise ValueError("The mask is empty here; white, or any label above 0, marks what is repainted.")
-    is_label_map = set(np.unique(values).tolist()) <= {0, *labels.values()}
-    return values > 0, values.astype(np.uint8) if is_label_map else None
 
 
 class GenerateTab:
@@ -508,14 +350,16 @@ class GenerateTab:
 
                 # the first layer says where, the others say what; the last one painted on a pixel counts
                 label_map = np.zeros(layers[0].shape, np.uint8)
-                for layer, value in zip(layers[1:], labels.values(), strict=False):
-                    label_map[layer] = value
+                for layer, label in zip(layers[1:], labels.values(), strict=False):
+                    label_map[layer] = label
                 self.limit.check(caller(request))
                 start = time.monotonic()
                 mask = np.any(layers, axis=0)
-                job, images, shown, rewards = self.run(
-                    found, mask, label_map if label_map.any() else None, choices, on_step
-                )
+                asked = label_map if label_map.any() else None
+                try:
+                    job, images, shown, rewards = self.run(found, mask, asked, choices, on_step)
+                finally:
+                    self.cancelled.pop(request.session_hash, None)
                 if not images:
                     return [text["stopped"], None, None, gr.skip(), ""]
                 pictures, archive = self.write(found, job, images)
