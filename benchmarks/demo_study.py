@@ -13,7 +13,7 @@ from onereward import OneRewardMaskPipeline, load_phantom
 from onereward.preferences import StudySettings, make_candidates, make_study, study_units
 from onereward.preferences.degradations import DEGRADATIONS
 from onereward.preferences.schema import to_png
-from onereward.preferences.study import rows_of_many_cases
+from onereward.preferences.study_design import rows_of_many_cases
 
 
 INSTRUCTIONS = """

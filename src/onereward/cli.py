@@ -446,7 +446,7 @@ def study_make(
     from onereward.hub.adapters import load_adapter
     from onereward.pipelines import OneRewardMaskPipeline
     from onereward.preferences import StudySettings, make_candidates, make_study
-    from onereward.preferences.study import REAL, real_candidates, rows_of_many_cases
+    from onereward.preferences.study_design import REAL, real_candidates, rows_of_many_cases
 
     if (output / "study.json").exists():
         raise ValueError(f"--output is {str(output)!r}, which holds a study. Name another folder.")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from onereward.data.synthetic import is_synthetic
-from onereward.preferences.study import StudySettings, make_study
+from onereward.preferences.study_design import StudySettings, make_study
 
 
 playwright = pytest.importorskip("playwright.sync_api")

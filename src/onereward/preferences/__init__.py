@@ -18,7 +18,8 @@ from .schema import (
 )
 from .simulated import RATERS, SimulatedRater, best_possible_accuracy, simulate_votes, true_utilities
 from .store import VoteStore
-from .study import Item, Receipt, Study, StudyError, StudySettings, Unit, make_study, study_units
+from .study import Item, Receipt, Study, StudyError
+from .study_design import StudySettings, Unit, make_study, study_units
 
 
 __all__ = [
