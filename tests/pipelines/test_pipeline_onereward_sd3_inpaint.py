@@ -1,8 +1,6 @@
 """What `OneRewardSD3InpaintPipeline` promises: diffusers inside the mask, exact pixels outside, clear refusals."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -11,15 +9,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3InpaintPipeline, StableDiffusion3Pipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import cast_training_params
+from flow_components import tiny_sd3_components
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from onereward.pipelines import MaskConditions, OneRewardSD3InpaintPipeline
-
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-from flow_components import tiny_sd3_components  # noqa: E402
 
 
 LAYOUTS = [16, 33]

@@ -1,9 +1,7 @@
 """What the generative judge promises: P(Yes) where the answer begins, in both orders, with gradients, as a reward."""
 
 import json
-import sys
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.ndimage import binary_dilation
+from tiny_judge import CHAT, SIZE, tiny_judge, tiny_parts, tiny_tokenizer
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -21,10 +20,6 @@ from transformers import (
     LlavaProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-
-sys.path.append(str(Path(__file__).parents[1]))
-from tiny_judge import CHAT, SIZE, tiny_judge, tiny_parts, tiny_tokenizer  # noqa: E402
 
 from onereward.rewards.judge import (  # noqa: E402
     QUESTION,
