@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -27,6 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from onereward.data.schema import rows_to_tensors
 from onereward.data.whole_file import whole_file
 from onereward.hub.cards import reward_model_card
+from onereward.hub.data_cards import vote_agreement
 from onereward.hub.environment import source_commit
 from onereward.preferences import best_possible_accuracy
 from onereward.rewards.configuration_onereward import OneRewardConfig
@@ -680,6 +682,11 @@ class RewardTrainer(HubTrainer):
     def provenance_besides(self) -> dict:
         return {"criteria": list(self.model.config.criteria)}
 
+    @cached_property
+    def agreement(self) -> dict:
+        """How far the raters agree on each criterion, see [`~onereward.hub.data_cards.vote_agreement`]."""
+        return vote_agreement(self.votes)
+
     def model_card(self, model_name: str | None = None, dataset_name: str | None = None, **fields) -> ModelCard:
         args, criteria = self.args, self.model.config.criteria
         measures = {"pair_accuracy": "accuracy", "ceiling": "ceiling", "log_loss": "log_loss", "ece": "ece_calibrated"}
@@ -696,6 +703,7 @@ class RewardTrainer(HubTrainer):
                 ),
                 "raters": self.train_dataset.raters,
                 "num_votes": int(_votes_on(self.train_dataset).sum()),
+                "agreement": self.agreement,
                 "evaluation": {
                     criterion: {
                         name: evaluations[-1].get(f"eval_{measure}/{criterion}") for name, measure in measures.items()
