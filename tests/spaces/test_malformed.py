@@ -1,6 +1,7 @@
 """Whatever is sent to the Space, it answers in one clear line and goes on: 500 malformed uploads and calls."""
 
 import gzip
+import http.client
 import io
 import json
 import random
@@ -339,8 +340,9 @@ def wrong_length(arena: ArenaClient, path: str, length: bytes) -> tuple[int, Non
     with socket.create_connection((host, int(port)), timeout=20) as line:
         head = f"POST /gradio_api/{path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n".encode()
         line.sendall(head + b"Content-Length: " + length + b"\r\n\r\n{}")
-        answer = line.recv(65536).decode()
-    return int(answer.split()[1]), None, answer.split("\r\n\r\n", 1)[1]
+        answer = http.client.HTTPResponse(line)  # it reads all of the body, in however many pieces it comes
+        answer.begin()
+        return answer.status, None, answer.read().decode()
 
 
 def check(name, status, result, message) -> None:

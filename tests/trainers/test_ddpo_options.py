@@ -378,6 +378,7 @@ print([line.split()[1] for line in open("/proc/self/status") if line.startswith(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory is read from /proc")
 def test_an_epoch_of_64_images_of_64_pixels_in_20_steps_takes_less_than_2_gb(tmp_path):
     result = subprocess.run(

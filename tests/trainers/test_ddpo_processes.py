@@ -97,6 +97,7 @@ def test_two_processes_give_the_weights_of_one_with_their_batches_joined(tmp_pat
     assert results[0]["beta"] == pytest.approx(trainer.beta)
 
 
+@pytest.mark.slow
 def test_all_weights_on_two_processes_are_those_on_one(tmp_path):
     config = {"full": True, "learning_rate": 0.2, "baseline": "value", "vf_coef": 0.01}
     results = run_two(tmp_path, **config)
@@ -109,7 +110,8 @@ def test_all_weights_on_two_processes_are_those_on_one(tmp_path):
     assert (after - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["adapter", "all-weights"])
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "all-weights"])
 @pytest.mark.parametrize("engine", ["fsdp", "zero2"])
 def test_weights_split_over_two_processes_are_trained_saved_and_resumed_like_whole_ones(tmp_path, engine, full):
     config = {"full": full, "beta": 0.1, "kl_target": 1e-6, "save_strategy": "steps", "save_steps": 1}
@@ -140,6 +142,7 @@ def test_weights_split_over_two_processes_are_trained_saved_and_resumed_like_who
     assert run_two(tmp_path / "split", engine=engine, resume_from_checkpoint=True, **config) == split
 
 
+@pytest.mark.slow
 def test_two_processes_stop_at_sigterm_together_and_go_on(tmp_path):
     config = {
         "max_steps": 4,
