@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "0"
 import pytest
 from tiny_components import tiny_components
 
+from onereward import cli
 from onereward.data.phantom import load_phantom
 from onereward.pipelines import OneRewardMaskPipeline
 
@@ -49,3 +50,17 @@ def hub():
     HUB.calls.clear()
     yield HUB
     HUB.fail = None
+
+
+@pytest.fixture
+def onereward(monkeypatch, capsys):
+    """`onereward("generate", ...)` -> (exit code, output, errors) of the command."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["onereward", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit.value.code or 0, captured.out, captured.err
+
+    return run

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import datasets
 import huggingface_hub
@@ -13,25 +12,11 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from onereward import OneRewardMaskPipeline, cli
+from onereward import OneRewardMaskPipeline
 from onereward.data.scans import plane
 from onereward.data.synthetic import is_synthetic
 from onereward.hub.adapters import save_adapter
 from onereward.hub.provenance import read_provenance
-
-
-@pytest.fixture
-def onereward(monkeypatch, capsys):
-    """`onereward("generate", ...)` -> (exit code, output, errors)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["onereward", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

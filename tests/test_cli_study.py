@@ -1,30 +1,13 @@
 """`onereward study`: what it writes opens, compares what was asked for, and comes out again as votes."""
 
-import sys
-
 import pytest
 from peft import LoraConfig
 
-from onereward import cli
 from onereward.hub.adapters import save_adapter
 from onereward.preferences import Study, load_votes
 
 
 SALT = "a salt of 20 letters"
-
-
-@pytest.fixture
-def onereward(monkeypatch, capsys):
-    """`onereward("study", ...)` -> (exit code, output, errors)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["onereward", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

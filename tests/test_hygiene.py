@@ -163,27 +163,24 @@ def test_tests_mirror_the_sources():
         assert (SOURCES / about).is_file(), about
 
 
-def test_nothing_names_a_place_on_somebodys_machine():
-    # Ann is the user of examples, and tests may ask that no temporary folder is named.
-    place = re.compile(r"(?<![\w.])(/root/|/opt/|/work/|/Users/|/tmp/(?!\" not in)|[A-Z]:\\Users|/home/(?!ann/)\w)")
-    found = [
+def lines_with(pattern):
+    """`file:line: text` of each line in the repository that the pattern is found in."""
+    return [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path, text in texts()
         for number, line in enumerate(text.splitlines(), 1)
-        if place.search(line)
+        if re.search(pattern, line)
     ]
-    assert not found
+
+
+def test_nothing_names_a_place_on_somebodys_machine():
+    # Ann is the user of examples, and tests may ask that no temporary folder is named.
+    place = r"(?<![\w.])(/root/|/opt/|/work/|/Users/|/tmp/(?!\" not in)|[A-Z]:\\Users|/home/(?!ann/)\w)"
+    assert not lines_with(place)
 
 
 def test_nothing_is_left_to_be_done_later():
-    unfinished = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
-    found = [
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
-        for path, text in texts()
-        for number, line in enumerate(text.splitlines(), 1)
-        if unfinished.search(line)
-    ]
-    assert not found
+    assert not lines_with(r"\b(TODO|FIXME|XXX|HACK)\b")
 
 
 def test_no_pickle_and_no_scan_is_committed():

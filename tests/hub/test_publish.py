@@ -5,7 +5,6 @@ import io
 import json
 import pickletools
 import shutil
-import sys
 import uuid
 import zipfile
 
@@ -22,7 +21,6 @@ from safetensors import safe_open
 from safetensors.numpy import load as load_safetensors
 from tiny_artefacts import KINDS, make_artefact, make_rows, make_vote
 
-from onereward import cli
 from onereward.hub.about import About
 from onereward.hub.publish import REPO_TYPES, publish
 from onereward.preferences import VoteStore, load_votes, save_votes
@@ -571,20 +569,6 @@ def test_votes_with_a_bad_one_are_refused(repo, hub, tmp_path, made):
 
 
 # ------------------------------------------------------------------------------------------------------- command line
-
-
-@pytest.fixture
-def onereward(monkeypatch, capsys):
-    """`onereward("publish", ...)` -> (exit code, output, errors)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["onereward", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def test_the_command_prints_the_address(onereward, made, repo, hub):

@@ -4,7 +4,6 @@ import csv
 import html
 import os
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,24 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from onereward import cli
 from onereward.preferences import SimulatedRater, save_votes
 from onereward.preferences.agreement import krippendorff_alpha, rating_table
 from onereward.preferences.preference_report import preference_report, read_known, summarise_votes
-
-
-@pytest.fixture
-def onereward(monkeypatch, capsys):
-    """`onereward("preferences", ...)` -> (exit code, output, errors)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["onereward", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def simulate(pairs=90, seed=0, **raters):

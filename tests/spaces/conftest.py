@@ -2,15 +2,9 @@
 
 import contextlib
 import signal
-import sys
-from pathlib import Path
 
 import pytest
-
-
-sys.path.append(str(Path(__file__).parent))
-
-from running_space import RunningSpace  # noqa: E402
+from running_space import RunningSpace
 
 
 @pytest.fixture

@@ -16,6 +16,11 @@ SPACE = ROOT / "spaces/onereward-arena"
 SALT = "a salt of the tests, 32 letters."
 
 
+def elsewhere() -> dict[str, str]:
+    """The environment of a process that is not told where this checkout is."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "ONEREWARD"))}
+
+
 class RunningSpace:
     """
     The Space on this machine.
@@ -23,8 +28,12 @@ class RunningSpace:
     Args:
         folder (`Path`):
             Its log, and its data folder unless the settings name another.
-        settings (`dict[str, str]`):
-            Environment of app.py.
+        settings (`dict[str, str | None]`):
+            Environment of app.py; `None` for what it is not to have.
+        command (`list[str]`, *optional*):
+            What is run. `app.py` by default.
+        where (`Path`, *optional*):
+            Folder it is run in. That of the checkout by default.
 
     Attributes:
         url (`str`):
@@ -35,13 +44,20 @@ class RunningSpace:
             What it wrote to the terminal.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, str]):
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, str | None],
+        command: list[str] | tuple[str, ...] = (sys.executable, "app.py"),
+        where: Path = SPACE,
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         folder.mkdir(parents=True, exist_ok=True)
         self.url, self.log, self.process = f"http://127.0.0.1:{port}", folder / "space.log", None
-        self.settings = {
+        self.command, self.where = command, where
+        settings = {
             "PORT": str(port),
             "ONEREWARD_DATA_DIR": str(folder / "data"),
             "ONEREWARD_SALT": SALT,
@@ -50,15 +66,16 @@ class RunningSpace:
             "GRADIO_TEMP_DIR": str(folder / "uploads"),
             **settings,
         }
-        self.data = Path(self.settings["ONEREWARD_DATA_DIR"])
+        self.environment = {key: value for key, value in {**elsewhere(), **settings}.items() if value is not None}
+        self.data = Path(self.environment.get("ONEREWARD_DATA_DIR", where / "data"))
 
-    def start(self, seconds: float = 120.0) -> None:
+    def start(self, seconds: float = 240.0) -> None:
         """Start it, and wait until it answers."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "app.py"],
-                cwd=SPACE,
-                env={**os.environ, **self.settings},
+                self.command,
+                cwd=self.where,
+                env=self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

@@ -3,15 +3,10 @@
 import ast
 import importlib.metadata
 import json
-import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 import uuid
 import venv
 from pathlib import Path
@@ -25,6 +20,7 @@ from huggingface_hub import HfApi, RepoCard, snapshot_download
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
+from running_space import RunningSpace, elsewhere
 
 from onereward import cli
 from onereward.hub.publish import publish
@@ -88,41 +84,13 @@ def not_asked_for() -> list[str]:
     )
 
 
-def elsewhere() -> dict[str, str]:
-    """The environment of a process that is not told where this checkout is."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "ONEREWARD"))}
-
-
-class Running:
-    """A Space that has been started, and answers."""
-
-    def __init__(self, command: list[str], folder: Path, seconds: float = 240, **environment: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.folder, self.log = folder, folder.parent / f"{folder.name}-{port}.log"
-        environment = {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False", **environment, "PORT": str(port)}
-        self.url, start = f"http://127.0.0.1:{port}", time.monotonic()
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=folder, env=elsewhere() | environment, stdout=log, stderr=subprocess.STDOUT
-            )
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.url}/config", timeout=5).close()
-                return
-            except OSError:
-                said = self.log.read_text(errors="replace")
-                assert self.process.poll() is None, said
-                assert time.monotonic() - start < seconds, said
-                time.sleep(0.3)
-
-    def end(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(timeout=60)
-        finally:
-            self.process.kill()
+def started(command: list[str], folder: Path) -> RunningSpace:
+    """The Space in this folder, with no setting but those that every Space may have."""
+    ours = ("ONEREWARD_DATA_DIR", "ONEREWARD_SALT", "GRADIO_TEMP_DIR", "PYTHONPATH")
+    settings = {"HF_HUB_OFFLINE": "1", **dict.fromkeys(ours)}
+    space = RunningSpace(folder.parent / f"{folder.name}-log", settings, command, folder)
+    space.start()
+    return space
 
 
 @pytest.fixture(scope="module")
@@ -139,17 +107,17 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def running(published):
     folder = shutil.copytree(published[2], published[2].parent / "running")
-    space = Running([sys.executable, "-c", START, json.dumps(not_asked_for())], folder)
+    space = started([sys.executable, "-c", START, json.dumps(not_asked_for())], folder)
     yield space
     space.process.kill()
     space.process.wait()
 
 
-def client_of(space: Running) -> gradio_client.Client:
+def client_of(space: RunningSpace) -> gradio_client.Client:
     return gradio_client.Client(space.url, verbose=False, httpx_kwargs={"timeout": 120})  # tests share the cores
 
 
-def paint_and_vote(space: Running) -> None:
+def paint_and_vote(space: RunningSpace) -> None:
     """Generates one image and casts one vote, and looks whether both are right."""
     client = client_of(space)
     source, label_map = SPACE / "examples/0-image.png", SPACE / "examples/0-label_map.png"
@@ -236,7 +204,7 @@ def test_every_action_has_a_name_and_says_what_it_does(running):
 def test_a_vote_outlives_the_end_of_the_space(running):
     """The last test on this Space: it ends it, as the Hub does."""
     assert running.end() == 0
-    (path,) = running.folder.rglob("votes.sqlite")
+    (path,) = running.where.rglob("votes.sqlite")
     with VoteStore(path) as store:
         votes = store.votes()
     assert len(votes) == 1 and votes[0]["label_0"] == (1.0 if votes[0]["left"] == 0 else 0.0)
@@ -312,7 +280,7 @@ def test_it_runs_in_a_fresh_environment_of_its_own(published, tmp_path):
     listing = [python, "-m", "pip", "list"]
     packages = subprocess.run(listing, cwd=folder, env=elsewhere(), capture_output=True, text=True, check=True).stdout
     assert not re.search(r"^(onereward|nilearn|monai|trl|torchvision) ", packages, re.M)
-    space = Running([str(python), "app.py"], folder)
+    space = started([str(python), "app.py"], folder)
     try:
         paint_and_vote(space)
         assert space.end() == 0

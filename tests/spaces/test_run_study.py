@@ -4,11 +4,8 @@ import csv
 import io
 import os
 import runpy
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 import uuid
 from pathlib import Path
 
@@ -41,32 +38,12 @@ LINES = [
 
 
 @pytest.fixture(scope="module")
-def space(tmp_path_factory):
+def space(running_space, tmp_path_factory):
     """Address of a Space with the embedded base and an adapter of random weights."""
-    folder = tmp_path_factory.mktemp("space")
-    adapters = folder / "adapters"
+    adapters = tmp_path_factory.mktemp("adapters")
     make_adapter(adapters / "tuned")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {"ONEREWARD_ADAPTERS": str(adapters), "ONEREWARD_DATA_DIR": str(folder / "data"), "PORT": str(port)}
-    settings |= {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, SPACE / "app.py"], env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT
-        )
-    url, start = f"http://127.0.0.1:{port}", time.monotonic()
-    while True:
-        try:
-            urllib.request.urlopen(f"{url}/config", timeout=5).close()
-            break
-        except OSError:
-            said = (folder / "log").read_text(errors="replace")
-            assert process.poll() is None and time.monotonic() - start < 240, said
-            time.sleep(0.3)
-    yield url
-    process.kill()
-    process.wait()
+    with running_space(ONEREWARD_ADAPTERS=str(adapters), OMP_NUM_THREADS="1") as space:
+        yield space.url
 
 
 def make_adapter(folder: Path) -> None:

@@ -162,6 +162,7 @@ def reward_model_card(name, criteria, *, raters, num_votes, **fields):
 
 
 def reward_card_of_config(name, criteria, *, image_size=None, example_task="fill", **fields):
+    """[`reward_model_card`] with what is known of the raters among `fields`, also where that is nothing."""
     return _model_card(
         "reward_model",
         name,
@@ -278,6 +279,7 @@ def _metric(measure: str, headline: str) -> str:
 
 
 def link(repo_id: str) -> str:
+    """A repository as a Markdown link; a name that cannot be that of one as code."""
     return f"[{repo_id}](https://huggingface.co/{repo_id})" if on_the_hub(repo_id) else f"`{repo_id}`"
 
 
@@ -287,6 +289,7 @@ def on_the_hub(name) -> bool:
 
 
 def who_voted(raters, num_votes):
+    """Roles and numbers of raters as the fields of a card, people and programs apart."""
     raters = raters or {}
     people = {role: count for role, count in raters.items() if role != "simulated"}
     return {
@@ -378,6 +381,7 @@ def render_card(template, **fields):
 
 
 def rendered(template, **fields) -> str:
+    """The text of [`render_card`]."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,

@@ -346,6 +346,7 @@ def _clean(candidates: datasets.Dataset) -> list[dict]:
 
 
 def units_of(rows: list[dict], settings: StudySettings) -> list[Unit]:
+    """[`study_units`] of encoded rows whose equal pictures are equal files."""
     one_model = len({row["model"] for row in rows}) == 1
     conditions: dict[str, dict[bytes, int]] = {}
     for number, row in enumerate(rows):
@@ -394,6 +395,7 @@ def _trial_vote(row: dict, criterion: str) -> dict:
 
 
 def read_settings(path: Path) -> StudySettings:
+    """The settings in a `study.json`; a `ValueError` says what is wrong with it."""
     known = {field.name for field in fields(StudySettings)}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
