@@ -17,6 +17,7 @@ Settings are read from the environment, so that a Space can set them as variable
     ONEREWARD_ORGANISER_KEY  secret that opens the results
 """
 
+import gc
 import json
 import os
 import secrets
@@ -127,7 +128,10 @@ def main() -> None:
         Path(setting("ADAPTERS") or HERE / "adapters"),
         setting("REWARD_MODEL", HERE / "reward_model"),
     )
-    build(painter, study, sync).launch(
+    page = build(painter, study, sync)
+    gc.collect()
+    gc.freeze()  # all this stays; to look through it for garbage, Python would make raters wait for 0.4 s
+    page.launch(
         server_port=int(os.environ["PORT"]) if "PORT" in os.environ else None,
         auth=passwords(),
         max_file_size=MAX_UPLOAD,

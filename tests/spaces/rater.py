@@ -57,6 +57,7 @@ class Rater:
     def __init__(self, url: str, key: str | None = None, seed: int = 0, patience: float = 180.0):
         self.url, self.key, self.patience = url, key or f"rater-{uuid.uuid4().hex}", patience
         self.random = random.Random(seed)
+        self.session = uuid.uuid4().hex  # as of a page; without it, the Space sets up a new one for each call
         self.client = httpx.Client(timeout=30)
         self.sent: list[Sent] = []
         self.kept: list[Sent] = []
@@ -66,7 +67,7 @@ class Rater:
     def call(self, name: str, *values):
         """One call of the API; the key goes last. [`Refused`] or `httpx.HTTPError` where it fails."""
         place = f"{self.url}/gradio_api/call/{name}"
-        reply = self.client.post(place, json={"data": [*values, self.key]})
+        reply = self.client.post(place, json={"data": [*values, self.key], "session_hash": self.session})
         reply.raise_for_status()
         event = None
         with self.client.stream("GET", f"{place}/{reply.json()['event_id']}") as lines:
