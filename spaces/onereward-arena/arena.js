@@ -96,10 +96,10 @@ setInterval(() => {
   });
 
   // The clock starts when a question is drawn; `arenaSeconds()` is how long it has been there.
-  let shown = performance.now(), question = "";
+  let shown = performance.now(), question;
   new MutationObserver(() => {
-    const now = document.getElementById("question")?.innerText ?? "";
+    const now = document.querySelector("#question [data-question]")?.dataset.question;
     if (now !== question) [question, shown] = [now, performance.now()];
-  }).observe(document, { childList: true, subtree: true, characterData: true });
+  }).observe(document, { childList: true, subtree: true, attributeFilter: ["data-question"] });
   window.arenaSeconds = () => Math.round(performance.now() - shown) / 1000;
 })();

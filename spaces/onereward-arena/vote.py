@@ -293,7 +293,10 @@ class VoteTab:
         place = f"{item.criteria.index(criterion) + 1}/{len(item.criteria)}"
         prompt = f"<p>{escape(text['prompt'].format(prompt=item.prompt))}</p>" if item.prompt else ""
         task = escape(text["tasks"][item.task])
-        return f'<h3 aria-live="polite">{escape(asked)} <small>({place})</small></h3><p>{task}</p>{prompt}'
+        # by its name the browser's clock knows a new question; the words may be those of the last one
+        name = escape(f"{item.item_id} {criterion}")
+        heading = f'<h3 aria-live="polite" data-question="{name}">{escape(asked)} <small>({place})</small></h3>'
+        return f"{heading}<p>{task}</p>{prompt}"
 
     def pictures(self, item) -> str:
         text = self.text["vote"]

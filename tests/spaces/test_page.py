@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import time
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from onereward.data.synthetic import is_synthetic
+from onereward.preferences.store import VoteStore
 from onereward.preferences.study_design import StudySettings, make_study
 
 
@@ -189,6 +191,32 @@ def test_the_second_of_two_tabs_cannot_answer_a_question_twice(arena, open_page)
     tab.get_by_text("undo", exact=False).first.wait_for()
     page.click("#answer-left")
     wait_for_answers(page, 2)
+
+
+def test_the_time_of_an_answer_is_that_since_its_question_came(arena, open_page):
+    page = open_page(arena.url)
+    start_voting(page)
+    tab = page.context.new_page()
+    tab.goto(arena.url)
+    tab.get_by_role("tab", name="Vote").click()
+    tab.wait_for_selector("#pictures figure")
+    begun = time.monotonic()
+    tab.wait_for_timeout(1500)
+    page.click("#answer-left")
+    wait_for_answers(page, 1)
+    tab.click("#answer-right")
+    tab.get_by_text("undo", exact=False).first.wait_for()  # which was refused, and is no new question
+    page.click("#undo")
+    wait_for_answers(page, 0)
+    tab.click("#answer-right")
+    wait_for_answers(tab, 1)
+    tab.wait_for_timeout(500)
+    tab.click("#answer-right")
+    wait_for_answers(tab, 2)
+    with VoteStore(arena.data / "votes.sqlite") as store:
+        first, second = store.votes(pictures=False)["seconds"][-2:]
+    assert 1.5 <= first <= time.monotonic() - begun - 0.5
+    assert 0.5 <= second <= time.monotonic() - begun - 1.5
 
 
 @pytest.mark.parametrize("width", [390, 1280])
