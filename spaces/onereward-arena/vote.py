@@ -1,10 +1,13 @@
 """The Vote tab: consent once, then one question after another, each answer kept before the next one is shown."""
 
+import io
 import secrets
 from html import escape
 
 import gradio as gr
+import numpy as np
 from access import ACCESS, who
+from PIL import Image
 from views import checkbox, figure, outline, side_by_side, to_url
 
 from onereward.preferences.study import Study, StudyError
@@ -300,7 +303,7 @@ class VoteTab:
 
     def pictures(self, item) -> str:
         text = self.text["vote"]
-        edge = [] if item.mask is None else [("outline", outline(_decoded(item.mask)))]
+        edge = [] if item.mask is None else [("outline", outline(np.asarray(_opened(item.mask))))]
         captions = {"pairs": [text["left"], text["right"]], "turing": [text["image"]]}.get(
             item.mode, [text["numbered"].format(number=i + 1) for i in range(len(item.images))]
         )
@@ -311,19 +314,10 @@ class VoteTab:
         if item.source is not None and item.mode != "turing":
             source = figure(text["source"], [("image", item.source), *edge], "source")
             judged = [judged[0], source, judged[1]] if item.mode == "pairs" else [source, *judged]
-        width, height = _size(item.images[0])
+        width, height = _opened(item.images[0]).size
         tools = [checkbox(self.text["view"]["outline"], "--outline")] if edge and item.mode != "turing" else []
         return side_by_side(judged, tools, self.text["view"], width / height)
 
 
-def _decoded(png: bytes):
-    import io
-
-    import numpy as np
-    from PIL import Image
-
-    return np.asarray(Image.open(io.BytesIO(png)))
-
-
-def _size(png: bytes) -> tuple[int, int]:
-    return _decoded(png).shape[1::-1]
+def _opened(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png))
