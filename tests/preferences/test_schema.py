@@ -440,6 +440,32 @@ def test_pictures_are_kept_without_what_a_file_tells_beside_its_pixels():
     assert encode_picture(b"no picture")["bytes"] == b"no picture"
 
 
+@pytest.mark.parametrize("mode", ["1", "P", "L"])
+def test_masks_and_label_maps_too_are_kept_as_pixels_alone(mode, votes, tmp_path):
+    mask = Image.new(mode, votes[0]["mask"].size, 0)
+    mask.paste(1, (2, 2, 5, 5))
+    if mode == "P":
+        mask.putpalette([0, 0, 0, 255, 80, 50])
+    note = PngInfo()
+    note.add_text("PatientName", "Doe^Jane")
+    mask.save(tmp_path / "Doe^Jane.png", pnginfo=note)
+    kept = encode_picture({"path": str(tmp_path / "Doe^Jane.png")})["bytes"]
+    assert b"Jane" not in kept and encode_picture(kept)["bytes"] == kept
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(kept))), np.asarray(mask))
+
+    row = {**next(encoded_rows(votes)), "label_map": None, "mask": {"bytes": None, "path": f"{tmp_path}/Doe^Jane.png"}}
+    save_votes(datasets.Dataset.from_list([row], features=VOTE_FEATURES), tmp_path / "votes.parquet")
+    assert next(encoded_rows(load_votes(tmp_path / "votes.parquet")))["mask"] == {"bytes": kept, "path": None}
+
+
+def test_a_file_of_no_votes_does_not_keep_others_from_being_read(votes, tmp_path):
+    save_votes(votes.select([]), tmp_path / "none.parquet")
+    save_votes(votes, tmp_path / "some.parquet")
+    files = [str(tmp_path / name) for name in ("none.parquet", "some.parquet")]
+    there = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=tmp_path / "cache")
+    assert there["vote_id"][:] == votes["vote_id"][:]
+
+
 def test_votes_on_the_hub_and_of_any_criteria(hub, votes, tmp_path):
     save_votes(votes, tmp_path / "votes.parquet")
     api = HfApi()

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from onereward.data.synthetic import is_synthetic
 from onereward.hub.adapters import sort_header
-from onereward.hub.provenance import is_repo_id
+from onereward.hub.provenance import files_of, is_repo_id
 
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -112,14 +112,20 @@ def stage_folder(kind: str, folder: Path, target: Path) -> list[str]:
         `ValueError`: when it is no such artefact, or a file in a place that is published holds a pickle, a patient's
             DICOM file or not what its name says. The message names the file and the remedy.
     """
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    refuse_pickles(kind, folder, names)
+    names = files_of(folder)
     chosen = [name for name in names if is_published(kind, name)]
+    if nowhere := [name for name in chosen if not (folder / name).is_file()]:
+        raise ValueError(
+            f"`path` holds {nowhere[0]!r}, a link to a file that is not there. Bring it back, or save again."
+        )
+    refuse_pickles(kind, folder, names)
     if kind in NEEDED and not set(chosen) & set(NEEDED[kind]):
         raise ValueError(
             f"`path` {folder.name!r} holds none of {list(NEEDED[kind])}, so it is no {kind}. Name the folder that was "
             "saved, or another kind."
         )
+    if kind == "pipeline":
+        check_components(folder, chosen)
     own = [name for name in ("README.md", "provenance.json") if name in names]
     copy_files(folder, [*chosen, *own], target)
     check_files(target, chosen)
@@ -133,7 +139,7 @@ def stage_checkpoint(folder: Path, target: Path) -> None:
     Raises:
         `ValueError`: when a file is neither safetensors, JSON nor text.
     """
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = files_of(folder)
     for name in names:
         if not name.endswith((".safetensors", ".json", ".jsonl", ".txt", ".md", ".py", ".jinja", ".png")):
             raise ValueError(f"The checkpoint holds {name!r}, which is neither safetensors nor text. {REMEDY}")
@@ -149,6 +155,18 @@ def copy_files(folder: Path, names: list[str], target: Path) -> None:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, target / name)
             bar.update((target / name).stat().st_size)
+
+
+def check_components(folder: Path, names: list[str]) -> None:
+    """Refuse a pipeline without the files of a component that its `model_index.json` names: nobody could load it."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    for component, made_by in index.items():
+        is_component = not component.startswith("_") and isinstance(made_by, list) and made_by[0] is not None
+        if is_component and not any(name.startswith(f"{component}/") for name in names):
+            raise ValueError(
+                f"`path` {folder.name!r} holds no file of {component!r}, which its model_index.json names. Save the "
+                "whole pipeline with `save_pretrained`."
+            )
 
 
 def refuse_pickles(kind: str, folder: Path, names: list[str]) -> None:

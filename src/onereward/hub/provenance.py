@@ -439,8 +439,8 @@ def fingerprint(artefact):
     artefact = Path(artefact)
     if artefact.is_file():
         return _digest(artefact)
-    files = sorted((path.relative_to(artefact).as_posix(), path) for path in artefact.rglob("*") if path.is_file())
-    files = [(name, path) for name, path in files if not NOT_THE_ARTEFACT.search(name)]
+    files = [(name, artefact / name) for name in files_of(artefact) if not NOT_THE_ARTEFACT.search(name)]
+    files = [(name, path) for name, path in files if path.is_file()]
     total = hashlib.sha256()
     for name, path in tqdm(files, desc=f"Fingerprint of {artefact.name}", unit=" files", delay=2, leave=False):
         total.update(f"{name}\0{_digest(path)}\n".encode())
@@ -450,6 +450,29 @@ def fingerprint(artefact):
 NOT_THE_ARTEFACT = re.compile(
     r"(^|/)\.|(^|/)(checkpoint-\d+|last-checkpoint|runs|logs|__pycache__)/|\.md$|(^|[/.])provenance\.json$"
 )
+
+
+def files_of(folder):
+    """
+    The files of a folder, in those that it links to as well, as whoever loads it finds them.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The folder.
+
+    Returns:
+        `list[str]`: names relative to it, sorted. A link to nothing is among them.
+
+    Raises:
+        `ValueError`: when a link leads back to a folder that it lies in.
+    """
+    names = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        for inner in folders:
+            if Path(place).resolve().is_relative_to(Path(place, inner).resolve()):
+                raise ValueError(f"`path` holds {inner!r}, a link to a folder that it lies in. Delete the link.")
+        names += [Path(place, name).relative_to(folder).as_posix() for name in files]
+    return sorted(names)
 
 
 def _digest(path):

@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import httpx2
+import pyarrow.parquet as pq
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -130,7 +131,7 @@ def publish(
 
     A release replaces the last one: files of this kind that are no longer in the folder are removed. Votes are the
     exception: those that the repository does not have yet are added in a file of their own, and nothing is ever
-    removed or overwritten.
+    removed or overwritten. Those of a store can no longer be taken back from then on.
 
     Args:
         kind (`str`):
@@ -258,6 +259,8 @@ def publish(
 
         repo.check_card(now[CARD])
         parent = repo.prepare(private, gated, revision, head, now[CARD])
+        if kind == "votes" and _is_store(path):
+            _freeze(path, [stage / name for name in payload if head is None or name not in head.files])
         contents = {**payload, **{name: text.encode() for name, text in now.items()}}
         commit, url = repo.commit(contents, removed, version, changes, parent, create_pr, revision)
         if not create_pr:
@@ -309,20 +312,20 @@ def _stage(kind, path, stage, repo, head):
 
 def _stage_votes(path, stage, repo, head):
     """Put the files of votes that the repository has beside a new one with those that it has not."""
-    with open(path, "rb") as file:
-        is_store = file.read(16) == b"SQLite format 3\0"
-    if is_store:
+    if _is_store(path):
         with VoteStore(path) as store:
             votes = store.votes()
     else:
         votes = load_votes(path, criteria=None)
+    if not len(votes):
+        raise ValueError(f"`path` {path.name!r} holds no vote. Publish it when there is one.")
     votes = datasets.Dataset(bare_table(votes))
     present = [] if head is None else [name for name in head.files if is_published("votes", name)]
     (stage / "data").mkdir()
     known = {}
     for name in tqdm(present, desc="Reading the votes that are there", unit=" files", delay=2, leave=False):
         (stage / name).write_bytes(repo.download(name, head.commit))
-        known |= _by_id(load_votes(stage / name, criteria=None))
+        known |= _by_id(datasets.Dataset(bare_table(load_votes(stage / name, criteria=None))))
     mine = _by_id(votes)
     conflicts = [vote_id for vote_id, content in mine.items() if known.get(vote_id, content) != content]
     if conflicts:
@@ -331,12 +334,31 @@ def _stage_votes(path, stage, repo, head):
             "published vote is never overwritten: find out which is right, and give the other another `vote_id`."
         )
     new = votes.select([index for index, vote_id in enumerate(votes["vote_id"]) if vote_id not in known])
-    if len(new) or not known:
+    if len(new):
         save_votes(new, stage / "data/new.parquet")
         shard = f"data/votes-{content_id((stage / 'data/new.parquet').read_bytes())}.parquet"
         (stage / "data/new.parquet").rename(stage / shard)
     everything = [load_votes(file, criteria=None) for file in sorted((stage / "data").iterdir())]
     return _facts(datasets.concatenate_datasets(everything), path, repo), present
+
+
+def _is_store(path: Path) -> bool:
+    """Whether a file of votes is that of a `VoteStore`."""
+    with open(path, "rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
+
+
+def _freeze(path, shards):
+    """What is published can no longer be taken back, or a rater would be there with both answers."""
+    for shard in shards:
+        votes = pq.read_table(shard, columns=["vote_id"])["vote_id"].to_pylist()
+        try:
+            with VoteStore(path) as store:
+                store.freeze(votes)
+        except ValueError as error:
+            raise OSError(
+                f"A vote in {path.name} was taken back meanwhile. Nothing was published; do it again."
+            ) from error
 
 
 def _by_id(votes: datasets.Dataset) -> dict[str, str]:

@@ -13,6 +13,7 @@ from itertools import combinations
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import embed_table_storage
 from PIL import Image
@@ -119,18 +120,23 @@ def encode_picture(picture: Image.Image | np.ndarray | dict | bytes | None) -> d
             opened = Image.open(io.BytesIO(content))
             if opened.mode in ("L", "RGB"):
                 return to_png(opened)
+            opened.load()
+            opened.info = {}  # all but the pixels and their palette
+            buffer = io.BytesIO()
+            opened.save(buffer, "PNG")
+            content = buffer.getvalue()
         except OSError:
             pass  # `wrong_vote` says that it is no picture
     return {"bytes": content, "path": None}
 
 
 def _is_bare_png(content: bytes) -> bool:
-    """Whether a PNG file holds nothing but pixels."""
+    """Whether a PNG file holds nothing but pixels and their palette."""
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
         return False
     place = 8
     while place + 8 <= len(content):
-        if content[place + 4 : place + 8] not in (b"IHDR", b"IDAT", b"IEND"):
+        if content[place + 4 : place + 8] not in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
             return False
         place += 12 + int.from_bytes(content[place : place + 4], "big")
     return place == len(content)
@@ -442,7 +448,7 @@ def encoded_rows(votes: datasets.Dataset) -> Iterator[dict]:
 def save_votes(votes: datasets.Dataset, path: str | os.PathLike) -> None:
     """
     Check votes and write them, pictures included, to one Parquet file that `datasets.load_dataset("parquet", ...)` and
-    the Hub's viewer read. The file appears whole or not at all.
+    the Hub's viewer read. The pictures carry nothing but pixels. The file appears whole or not at all.
 
     Args:
         votes (`datasets.Dataset`):
@@ -458,9 +464,25 @@ def save_votes(votes: datasets.Dataset, path: str | os.PathLike) -> None:
     table = votes.with_format("arrow")[:]
     if len(votes):  # of no votes there is nothing to embed, and it fails
         table = embed_table_storage(table)
-    with whole_file(path) as partial:
-        # Votes on a pair repeat its pictures: stored once a column chunk as a dictionary, they cost next to nothing.
-        pq.write_table(table, partial, compression="zstd", dictionary_pagesize_limit=2**26, row_group_size=4096)
+    for place, (column, feature) in enumerate(VOTE_FEATURES.items()):
+        if column in PICTURES:
+            chunks = [pa.array(_bare(chunk.to_pylist()), feature.pa_type) for chunk in table[column].chunks]
+            pictures = pa.chunked_array(chunks, feature.pa_type)
+            table = table.set_column(place, table.schema.field(column), pictures)
+    # Votes on a pair repeat its pictures: stored once a column chunk as a dictionary, they cost next to nothing.
+    options = {"compression": "zstd", "dictionary_pagesize_limit": 2**26}
+    with whole_file(path) as partial, pq.ParquetWriter(partial, table.schema, **options) as writer:
+        if len(table):  # `datasets` stops at a group of no rows, also where another file has some
+            writer.write_table(table, row_group_size=4096)
+
+
+def _bare(pictures: list[dict | None]) -> list[dict | None]:
+    """Pictures encoded anew, each that comes several times once."""
+    encoded: dict[bytes | None, dict | None] = {None: None}
+    for picture in pictures:
+        if picture is not None and picture["bytes"] not in encoded:
+            encoded[picture["bytes"]] = encode_picture(picture)
+    return [encoded[picture and picture["bytes"]] for picture in pictures]
 
 
 def load_votes(
@@ -635,6 +657,8 @@ def _wrong_picture(vote: dict) -> str | None:
         except Exception as error:  # a damaged file makes Pillow raise almost anything
             return f"`{column}` is no readable picture ({error})"
         decoded[column] = opened
+        if opened.mode == "F":
+            return f"`{column}` holds fractions; expected whole numbers"
     shown = [column for column in ("image", "image_0", "image_1") if column in decoded]
     for column in shown:
         if decoded[column].mode not in ("L", "RGB"):
