@@ -317,6 +317,15 @@ def test_additive_ratings_are_exact_without_noise_whoever_rated_what():
     np.testing.assert_allclose(found.noise, 0, atol=1e-10)
 
 
+def test_what_ratings_cannot_compare_is_counted():
+    joined = fit_ratings(["a", "b", "b", "c"], ["x", "x", "y", "y"], [1, 2, 3, 4], [0, 0, 1, 1])
+    assert joined.groups == 1
+    apart = fit_ratings(["a", "b", "c", "c"], ["x", "x", "x", "y"], [1, 2, 3, 4], [0, 0, 1, 1])
+    assert apart.groups == 2  # c was rated on another case than a and b
+    assert fit_ratings(["a", "b"], ["x", "x"], [1, 2]).groups == 1
+    assert fit_ratings(["a", "b"], ["x", "y"], [1, 2]).groups == 2  # of the raters' making, it may be
+
+
 def test_balanced_ratings_rank_by_their_means():
     rng = np.random.default_rng(5)
     rating = rng.normal(size=(5, 3, 40)) + np.arange(5)[:, None, None] / 2

@@ -168,7 +168,8 @@ def test_nothing_in_the_votes_becomes_markup_and_no_comment_is_shown(columns, tm
     assert "1 rater id(s) look like names or addresses" in text
 
 
-def test_ratings_beyond_their_scale_are_named_and_left_out():
+def rate(cases):
+    """Ratings of two models by a strict and a mild rater; `cases` are those of each model."""
     rng = np.random.default_rng(0)
     rows = [
         {
@@ -179,14 +180,30 @@ def test_ratings_beyond_their_scale_are_named_and_left_out():
             "rating": np.clip(round(level + rng.normal(0, 0.5) - (rater == "strict")), 1, 5),
         }
         for model, level in (("good", 4), ("bad", 2))
-        for case in range(25)
+        for case in cases[model]
         for rater in ("strict", "mild")
     ]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     number = len(rows)
     columns |= {"kind": ["rating"] * number, "criterion": ["structure"] * number, "rater_role": ["lay"] * number}
     columns |= {"label_0": [None] * number, "model_1": [None] * number}
-    columns |= {"rating_min": [1] * number, "rating_max": [5] * number}
+    return columns | {"rating_min": [1] * number, "rating_max": [5] * number}
+
+
+def test_models_rated_on_other_cases_are_compared_by_their_means_and_it_is_said():
+    columns = rate({"good": range(20), "bad": range(20, 40)})
+    summary = summarise_votes(columns, resamples=100)
+    ranking = summary["rankings"][0]["ranking"]
+    rating, model = np.array(columns["rating"], float), np.array(columns["model_0"])
+    assert list(ranking.items) == ["good", "bad"] and ranking.best.tolist() == [1, 0]
+    assert np.allclose(ranking.score, [rating[model == name].mean() for name in ("good", "bad")])
+    assert (np.ptp(ranking.score_interval, axis=1) > 0.05).all()
+    assert any("not all models were rated on conditions that join them" in line for line in summary["warnings"])
+    assert not any("join" in line for line in summarise_votes(rate({"good": range(20), "bad": range(20)}))["warnings"])
+
+
+def test_ratings_beyond_their_scale_are_named_and_left_out():
+    columns = rate({"good": range(25), "bad": range(25)})
     columns["rating"][7], columns["rating"][90] = 13, 0
     summary = summarise_votes(columns, resamples=100)
     warning = next(warning for warning in summary["warnings"] if "outside their scale" in warning)

@@ -544,6 +544,8 @@ class AdditiveRatings:
             How far each rater's ratings lie **below** the mean rater's; the sum is 0.
         noise (`np.ndarray` of shape `(R,)`):
             Standard deviation of each rater's ratings around the model, in units of the scale.
+        groups (`int`):
+            Number of groups of items that no chain of raters and cases connects. Scores compare within a group only.
     """
 
     items: np.ndarray
@@ -551,6 +553,7 @@ class AdditiveRatings:
     raters: np.ndarray
     severity: np.ndarray
     noise: np.ndarray
+    groups: int
 
 
 def fit_ratings(
@@ -624,7 +627,14 @@ class _RatingDesign:
         residual = self.centred_y - self.x @ effects
         count = np.bincount(self.r)
         noise = np.sqrt(np.bincount(self.r, residual**2) / count)
-        return AdditiveRatings(self.items, score, self.raters, severity, noise)
+        return AdditiveRatings(self.items, score, self.raters, severity, noise, self.groups())
+
+    def groups(self) -> int:
+        """Two items compare if whatever the ratings leave open, the null space, moves both alike."""
+        values, vectors = np.linalg.eigh(self.x.T @ self.x)
+        left_open = vectors[: len(self.items), values <= 1e-10 * max(values[-1], 1)]
+        alike = np.isclose(left_open[:, None], left_open[None], atol=1e-6).all(axis=2)
+        return int(connected_components(alike, directed=False)[0])
 
     def score(self, effects: np.ndarray) -> np.ndarray:
         """The items' effects, lifted to the scale: the mean case, each counted once, has the effect 0."""

@@ -535,16 +535,15 @@ def _rank(
         models = columns["model_0"][rows]
         if len(set(models[rated])) < 2:
             return None
-        ranking = rank_ratings(
-            models,
-            rater,
-            columns["rating"][rows],
-            columns["condition"][rows],
-            cases,
-            resamples=resamples,
-            seed=seed,
-        )
-        votes, groups = Counter(models[rated]), 1
+        rating, conditions = columns["rating"][rows], columns["condition"][rows]
+        if fit_ratings(models, rater, rating, conditions).groups > 1:
+            warnings.append(
+                f"{criterion} (ratings): not all models were rated on conditions that join them, so that their means "
+                "are compared: whose cases were easier looks better. Have all models rated on the same conditions."
+            )
+            conditions = None
+        ranking = rank_ratings(models, rater, rating, conditions, cases, resamples=resamples, seed=seed)
+        votes, groups = Counter(models[rated]), fit_ratings(models, rater, rating, conditions).groups
     else:
         first, second, label = columns["model_0"][rows], columns["model_1"][rows], columns["label_0"][rows]
         if not ((first != second) & np.isfinite(label)).any():
