@@ -95,8 +95,8 @@ def build(painter: Painter, study: Study, sync: VoteSync | None) -> gr.Blocks:
                 results.build()
             with gr.Tab(TEXT["tabs"]["about"], id="about"):
                 gr.Markdown(TEXT["about"])
-        function, inputs, outputs = vote.on_load
-        page.load(function, inputs, outputs, show_progress="hidden", api_visibility="private")
+        function, inputs, outputs, js = vote.on_load
+        page.load(function, inputs, outputs, js=js, show_progress="hidden", api_visibility="private")
     return page.queue(default_concurrency_limit=40, max_size=256)
 
 

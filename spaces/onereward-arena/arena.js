@@ -57,10 +57,11 @@ setInterval(() => {
     place(box, zoom, x + (event.clientX - drag.at[0]) / size.width, y + (event.clientY - drag.at[1]) / size.height);
     drag.at = [event.clientX, event.clientY];
   });
-  document.addEventListener("pointerup", () => {
-    drag?.view.classList.remove("dragged");
-    drag = null;
-  });
+  for (const end of ["pointerup", "pointercancel"])
+    document.addEventListener(end, () => {
+      drag?.view.classList.remove("dragged");
+      drag = null;
+    });
 
   document.addEventListener("click", (event) => {
     const button = event.target.closest?.("[data-zoom-by]");
@@ -87,6 +88,7 @@ setInterval(() => {
   };
   document.addEventListener("keydown", (event) => {
     if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (document.querySelector("[aria-modal=true]")) return;  // the list of the API lies over the question
     if (event.target.closest?.("input, textarea, select, [contenteditable], [role=slider], [role=tab], [role=radio]")) return;
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
     const button = onScreen(keys[key] ?? (/^[1-9]$/.test(key) ? `number-${key}` : ""));
@@ -95,11 +97,56 @@ setInterval(() => {
     button.click();
   });
 
+  // Whoever has clicked a tab or a checkbox goes on by keys; whoever came there by keys needs them there.
+  document.addEventListener("click", (event) => {
+    if (event.detail && event.target.closest?.("[role=tab], [type=checkbox]")) document.activeElement?.blur();
+  });
+
+  // Best and worst: the first number is the best image, the second one the worst. Kept here until both are chosen, so
+  // that however fast they are pressed, none is taken for another.
+  let best = null, choice = null;
+  const mark = (worst = null) => {
+    document.querySelectorAll("#pictures figure").forEach((figure) => {
+      figure.classList.toggle("best", figure.id === `image-${best}`);
+      figure.classList.toggle("worst", figure.id === `image-${worst}`);
+    });
+    const line = document.getElementById("choice");
+    if (line) line.textContent = best === null ? line.dataset.unchosen : line.dataset.chosen.replace("{number}", best + 1);
+  };
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest?.("#numbers button[id^=number-]");
+    if (!button) return;
+    const number = Number(button.id.slice("number-".length)) - 1;
+    if (best === null || best === number) {
+      best = best === null ? number : null;
+      return mark();
+    }
+    choice = { best, worst: number };
+    mark(number);
+    best = null;
+    document.getElementById("answer-best-worst").click();
+  });
+  window.arenaChoice = () => choice;
+
+  // Gradio's editor calls all layers alike once a picture is open.
+  const nameLayers = () => {
+    const names = [...document.querySelectorAll(".legend span")].map((span) => span.textContent);
+    document.querySelectorAll("#editor .layer-wrap li > button[aria-label^=layer-]").forEach((row, number) => {
+      if (names[number] && row.textContent !== names[number]) row.textContent = names[number];
+    });
+    const title = document.querySelector("#editor .layer-title-button")?.firstChild;
+    if (title?.data && title.data.trim() !== "Layers") title.data = "Layers ";
+  };
+
   // The clock starts when a question is drawn; `arenaSeconds()` is how long it has been there.
   let shown = performance.now(), question;
   new MutationObserver(() => {
     const now = document.querySelector("#question [data-question]")?.dataset.question;
-    if (now !== question) [question, shown] = [now, performance.now()];
-  }).observe(document, { childList: true, subtree: true, attributeFilter: ["data-question"] });
+    if (now !== question) {
+      [question, shown, best] = [now, performance.now(), null];
+      mark();
+    }
+    nameLayers();
+  }).observe(document, { childList: true, subtree: true, characterData: true, attributeFilter: ["data-question"] });
   window.arenaSeconds = () => Math.round(performance.now() - shown) / 1000;
 })();

@@ -1,5 +1,6 @@
 """The Generate tab: open a picture, say what to repaint, look closely, take it home."""
 
+import copy
 import json
 import math
 import threading
@@ -14,7 +15,7 @@ import gradio as gr
 import numpy as np
 from access import RateLimit, caller
 from guard import fresh_folder, one_line
-from opened import PAINT_SIZE, Opened, enlarged, open_picture, painted, read_mask, read_once
+from opened import PAINT_SIZE, Opened, enlarged, open_picture, painted, read_label_map, read_mask, read_once
 from painting import BASE, LIMITS, Job, Painter
 from PIL import Image
 from views import difference, figure, outline, reward_bars, side_by_side, slider
@@ -104,18 +105,18 @@ class GenerateTab:
                     file.write(path, path.name)
         return pictures, str(archive)
 
-    def details(self, job: Job, opened: Opened, images, shown, rewards, number: int) -> str:
-        """The chosen image beside its source, with what the reward model thinks."""
+    def details(self, job: Job, source: np.ndarray, shown, rewards, number: int) -> str:
+        """The chosen image beside its source, as both are seen, with what the reward model thinks."""
         text, view = self.text["generate"], self.text["view"]
         edge = ("outline", outline(job.mask))
         figures = [
-            figure(text["source"], [("image", opened.shown), edge], "source"),
+            figure(text["source"], [("image", source), edge], "source"),
             figure(
                 text["result"].format(number=number + 1),
-                [("image", opened.shown), ("over", shown[number]), edge],
+                [("image", source), ("over", shown[number]), edge],
                 "result",
             ),
-            figure(text["difference"], [("image", difference(shown[number], opened.shown))], "difference"),
+            figure(text["difference"], [("image", difference(shown[number], source))], "difference"),
         ]
         tools = [slider(view["blend"], "--blend"), slider(view["outline"], "--outline", 60)]
         height, width = job.mask.shape
@@ -146,9 +147,9 @@ class GenerateTab:
         request: gr.Request = None,
     ) -> tuple[list[str], str, list]:
         """
-        Repaint the masked part of a picture, NIfTI volume or DICOM file. `mask` is white where to repaint, or a label
-        map; `label_map` says what to paint where the mask is larger than that. Gives PNG files, a ZIP of all files
-        with where they come from, and rewards.
+        Repaint the masked part of a picture, NIfTI volume or DICOM file. `mask` is white, or 1, where to repaint, or
+        a label map; `label_map` says what to paint where the mask is larger than that. Gives PNG files, a ZIP of all
+        files with where they come from, and rewards.
         """
         with plain_errors(), read_once(image, mask, label_map):
             self.limit.check(caller(request))
@@ -170,11 +171,11 @@ class GenerateTab:
             if window_center is not None and window_width is not None:
                 opened.window = to_number("window_center", window_center), to_number("window_width", window_width)
             inside, labels = read_mask(mask, opened, self.painter.labels)
+            if task == "remove":
+                labels = None  # a lesion of any label
             if label_map is not None:
-                labelled, labels = read_mask(label_map, opened, self.painter.labels)
-                if labels is None:
-                    raise ValueError(f"The label map holds other values than {self.painter.labels}.")
-                inside = inside | labelled
+                labels = read_label_map(label_map, opened, self.painter.labels)
+                inside = inside | (labels > 0)
             job, images, shown, rewards = self.run(opened, inside, labels, choices, lambda *_: False)
             pictures, archive = self.write(opened, job, images)
             return pictures, archive, rewards
@@ -275,7 +276,10 @@ class GenerateTab:
         details = gr.HTML(elem_id="details")
 
         chosen = [task, prompt, steps, guidance, seed, count, adapter, strength]
-        shown_controls = [opened, editor, warnings, volume_row, number, window_row, center, width]
+        shown_controls = [opened, editor, warnings, volume_row, number, axis, window_row, center, width]
+
+        def slices(found: Opened):
+            return gr.Slider(maximum=max(found.num_slices - 1, 1), value=found.index)
 
         def show(found: Opened, mask=None, label_map=None) -> list:
             """The picture that is open, in the editor, with the controls that it needs."""
@@ -286,7 +290,8 @@ class GenerateTab:
                 self.editor_value(found, mask, label_map),
                 gr.Markdown(note, visible=bool(found.warnings)),
                 gr.Row(visible=found.scan.is_volume),
-                gr.Slider(maximum=max(found.num_slices - 1, 1), value=found.index),
+                slices(found),
+                found.axis,
                 gr.Row(visible=grey or found.scan.is_volume),
                 found.window[0],
                 found.window[1],
@@ -299,10 +304,11 @@ class GenerateTab:
         def on_view(found, number, axis, center, width):
             with plain_errors():
                 if found is None:
-                    return [gr.skip()] * 2
-                found.axis, found.window = axis, (float(center), float(width))
+                    return [gr.skip()] * 3
+                found.window = to_number("window_center", center), to_number("window_width", width)
+                found.axis = axis
                 found.index = min(int(number), found.num_slices - 1)
-                return [found, self.editor_value(found)]
+                return [found, self.editor_value(found), slices(found)]
 
         def on_mask(path, found):
             with plain_errors(), read_once(path):
@@ -312,7 +318,8 @@ class GenerateTab:
                     raise ValueError(text["no_picture"])
                 return self.editor_value(found, *read_mask(path, found, labels))
 
-        def on_example(event: gr.SelectData):
+        def on_example(event: gr.SelectData, request: gr.Request):
+            on_cancel(request)  # the example before may still be painted
             example = self.examples[event.index]
             found = open_picture(EXAMPLES / example["image"])
             mask, _ = read_mask(EXAMPLES / example["mask"], found, {})
@@ -341,7 +348,10 @@ class GenerateTab:
             with plain_errors():
                 if found is None or not value or not value["layers"]:
                     raise ValueError(text["no_picture"])
+                found = copy.copy(found)  # who looks at another slice meanwhile does not move this one
                 layers = [painted(layer, found.picture.shape[:2]) for layer in value["layers"]]
+                if len(layers) != 1 + len(labels):
+                    raise ValueError(text["layers_changed"])
                 stop = self.cancelled[request.session_hash] = threading.Event()
 
                 def on_step(done, total):
@@ -350,12 +360,13 @@ class GenerateTab:
 
                 # the first layer says where, the others say what; the last one painted on a pixel counts
                 label_map = np.zeros(layers[0].shape, np.uint8)
-                for layer, label in zip(layers[1:], labels.values(), strict=False):
+                for layer, label in zip(layers[1:], labels.values(), strict=True):
                     label_map[layer] = label
                 self.limit.check(caller(request))
                 start = time.monotonic()
                 mask = np.any(layers, axis=0)
-                asked = label_map if label_map.any() else None
+                # to be removed is a lesion of any label
+                asked = label_map if label_map.any() and task != "remove" else None
                 try:
                     job, images, shown, rewards = self.run(found, mask, asked, choices, on_step)
                 finally:
@@ -365,7 +376,7 @@ class GenerateTab:
                 pictures, archive = self.write(found, job, images)
                 seconds = time.monotonic() - start
                 note = text["ready"].format(count=len(images), seconds=seconds, prompt=choices["prompt"] or "")
-                state = (replace(job, scan=None), found, images, shown, rewards)
+                state = (replace(job, scan=None), found.shown, shown, rewards)
                 return [
                     note,
                     pictures,
@@ -377,6 +388,7 @@ class GenerateTab:
         def on_cancel(request: gr.Request):
             if request.session_hash in self.cancelled:
                 self.cancelled[request.session_hash].set()
+            return text["stopped"]
 
         def on_pick(state, event: gr.SelectData):
             with plain_errors():
@@ -386,14 +398,16 @@ class GenerateTab:
         painting_event = {"concurrency_id": "gpu", "concurrency_limit": 1, **private}
         outputs = [message, results, painting, download, details]
         upload.upload(on_upload, upload, shown_controls, **private)
-        for control, event in ((number, "release"), (axis, "change"), (center, "submit"), (width, "submit")):
-            getattr(control, event)(on_view, [opened, number, axis, center, width], [opened, editor], **private)
+        for control, event in ((number, "release"), (axis, "input"), (center, "submit"), (width, "submit")):
+            getattr(control, event)(
+                on_view, [opened, number, axis, center, width], [opened, editor, number], **private
+            )
         mask_upload.upload(on_mask, [mask_upload, opened], editor, **private)
-        gallery.select(on_example, None, [*shown_controls, task, prompt], **private).then(
-            on_run, [opened, editor, *chosen], outputs, **painting_event
+        painted_example = gallery.select(on_example, None, [*shown_controls, task, prompt], **private).then(
+            on_run, [opened, editor, *chosen], outputs, trigger_mode="multiple", **painting_event
         )
-        run.click(on_run, [opened, editor, *chosen], outputs, **painting_event)
-        cancel.click(on_cancel, queue=False, **private)
+        painted_own = run.click(on_run, [opened, editor, *chosen], outputs, **painting_event)
+        cancel.click(on_cancel, None, message, cancels=[painted_example, painted_own], queue=False, **private)
         results.select(on_pick, painting, details, **private)
 
         api = [gr.File(visible=False, label="image"), gr.File(visible=False, label="mask"), *chosen]

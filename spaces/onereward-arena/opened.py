@@ -149,8 +149,8 @@ def painted(layer: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:
     return cells >= 0.5 if (cells >= 0.5).any() else cells > 0
 
 
-def read_mask(path: str | Path, opened: Opened, labels: dict[str, int]) -> tuple[np.ndarray, np.ndarray | None]:
-    """An upload as a mask and, where it holds nothing but labels, a label map, on the pixels that are shown."""
+def read_values(path: str | Path, opened: Opened) -> np.ndarray:
+    """An upload of a mask or label map as its numbers, on the pixels that are shown."""
     found = read(read_labels, path)
     if found.is_volume != opened.scan.is_volume and found.is_volume:
         raise ValueError("The mask is a volume, but the picture is not.")
@@ -163,5 +163,20 @@ def read_mask(path: str | Path, opened: Opened, labels: dict[str, int]) -> tuple
         )
     if not values.any():
         raise ValueError("The mask is empty here; white, or any label above 0, marks what is repainted.")
-    is_label_map = set(np.unique(values).tolist()) <= {0, *labels.values()}
+    return values
+
+
+def read_mask(path: str | Path, opened: Opened, labels: dict[str, int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """An upload as a mask and, where it holds nothing but labels, a label map. Of 0 and 1 it is a mask alone."""
+    values = read_values(path, opened)
+    there = set(np.unique(values).tolist()) - {0}
+    is_label_map = there <= set(labels.values()) and there != {1}
     return values > 0, values.astype(np.uint8) if is_label_map else None
+
+
+def read_label_map(path: str | Path, opened: Opened, labels: dict[str, int]) -> np.ndarray:
+    """An upload that says what to paint, whatever labels it holds."""
+    values = read_values(path, opened)
+    if not set(np.unique(values).tolist()) <= {0, *labels.values()}:
+        raise ValueError(f"The label map holds other values than {labels}.")
+    return values.astype(np.uint8)

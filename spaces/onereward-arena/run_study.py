@@ -114,7 +114,7 @@ def _read_case(line: dict, folder: Path) -> Case:
     if line.get("label_map"):
         label_map = check_label_map(np.asarray(_open(folder / line["label_map"], "label_map")), inside)
         label_map = Image.fromarray(label_map)
-    mask = Image.fromarray(inside.astype(np.uint8) * 255)  # a mask of 1 would be read as a label map
+    mask = Image.fromarray(inside.astype(np.uint8) * 255)
     # a data-use agreement that the name of a file speaks of holds, also where nobody wrote it down
     source = line.get("source") or "+".join(find_agreements(line["image"])) or "own"
     texts = (task, line.get("prompt") or "", line["case_id"], int(seed), line.get("modality") or "medical", source)

@@ -1,6 +1,7 @@
 """The Vote tab: consent once, then one question after another, each answer kept before the next one is shown."""
 
 import io
+import json
 import secrets
 from html import escape
 
@@ -139,12 +140,12 @@ class VoteTab:
 
     def remember(self) -> None:
         """
-        Lets the browser keep the rater's key. To be called inside `gr.Blocks` but outside of the tabs, whose parts are
-        not there before they are looked at.
+        The rater's key, which the browser keeps. To be called inside `gr.Blocks` but outside of the tabs, whose parts
+        are not there before they are looked at.
         """
-        name = f"onereward-{self.study.settings.title}"
-        # a secret that is drawn anew would make it unreadable after each restart; the key itself is what is secret
-        self.key = gr.BrowserState("", storage_key=name, secret="onereward-arena")
+        self.key = gr.Textbox(visible="hidden")
+        # not `gr.BrowserState`, which is read once: of two tabs, the second to start would be another rater
+        self.kept = f"localStorage[{json.dumps('onereward-' + self.study.settings.title)}]"
 
     def build(self) -> None:
         """Draws the tab; to be called inside `gr.Blocks`."""
@@ -174,12 +175,11 @@ class VoteTab:
                     shown = (("no-difference", "no_difference"),)
                 for name, value in shown:
                     buttons[value] = gr.Button(text[f"answer_{value}"], elem_id=f"answer-{name}")
-            numbers = []
-            if mode == "best_worst":
+            if mode == "best_worst":  # arena.js keeps the best until the worst is chosen, and then presses the button
                 with gr.Row(elem_id="numbers"):
                     for number in range(settings.images_per_set):
-                        numbers.append(gr.Button(str(number + 1), elem_id=f"number-{number + 1}"))
-            best = gr.Number(visible=False)
+                        gr.Button(str(number + 1), elem_id=f"number-{number + 1}")
+                buttons["best_worst"] = gr.Button(visible="hidden", elem_id="answer-best-worst")
             with gr.Row(elem_id="skipping"):
                 undo = gr.Button(text["undo"], size="sm", elem_id="undo")
                 skip_reason = gr.Dropdown(
@@ -192,7 +192,7 @@ class VoteTab:
             message = gr.Markdown(elem_id="vote-message")
             gr.Markdown(text[f"keys_{mode}"], elem_id="keys")
 
-        screen = [consent_panel, voting_panel, bar, question, pictures, item_id, criterion, comment, best, message]
+        screen = [consent_panel, voting_panel, bar, question, pictures, item_id, criterion, comment, message]
 
         def draw(rater: str, note: str = "") -> list:
             """All of the screen for what is open now."""
@@ -200,20 +200,20 @@ class VoteTab:
             progress = self.progress_bar(self.study.progress(rater))
             shown = [gr.Column(visible=False), gr.Column(visible=True), progress]
             if item is None:
-                return [*shown, f"<h2>{escape(text['done'])}</h2>", "", "", "", "", None, note]
+                return [*shown, f"<h2>{escape(text['done'])}</h2>", "", "", "", "", note]
             name = next(name for name in item.criteria if name not in item.answered)
-            return [*shown, self.question(item, name), self.pictures(item), item.item_id, name, "", None, note]
+            return [*shown, self.question(item, name), self.pictures(item), item.item_id, name, "", note]
 
         def first_screen(key, request: gr.Request, profile: gr.OAuthProfile | None = None):
             """Who has consented before goes on at once."""
             name = who(key, request, profile)
             if name is None:
-                return [gr.skip()] * len(screen)
+                return [gr.skip()] * (1 + len(screen))
             try:
                 rater = self.study.rater(name)
             except StudyError:
-                return [gr.skip()] * len(screen)
-            return draw(rater)
+                return [gr.skip()] * (1 + len(screen))
+            return [key, *draw(rater)]
 
         def on_start(role, agreed, key, request: gr.Request, profile: gr.OAuthProfile | None = None):
             joined = self.join(role, agreed, key, request, profile)
@@ -240,33 +240,19 @@ class VoteTab:
             self.skip(item_id, reason, key, request, profile)
             return draw(self.rater(key, request, profile), text["skipped"])
 
-        def on_number(
-            number, best, item, criterion, comment, seconds, key, request: gr.Request,
-            profile: gr.OAuthProfile | None = None,
-        ):  # fmt: skip
-            """The first number is the best image, the second one the worst."""
-            stay = [gr.skip()] * (len(screen) - 2)
-            if best is None:
-                return [*stay, number, text["best_chosen"].format(number=int(number) + 1)]
-            if best == number:
-                return [*stay, None, text["best_unchosen"]]
-            answer = {"best": int(best), "worst": int(number)}
-            return on_answer(item, criterion, answer, comment, seconds, key, request, profile)
-
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        start.click(on_start, [role, agreed, key], [key, *screen], **quiet)
+        js = f"(role, agreed) => [role, agreed, {self.kept} ?? '']"
+        started = start.click(on_start, [role, agreed, key], [key, *screen], js=js, **quiet)
+        started.success(None, [key], js=f"(key) => {{ {self.kept} = key }}")
         given = [item_id, criterion, answer, comment, seconds, key]
         for value, button in buttons.items():
             # the answer and the time come from the browser; the button's own name is all that tells them apart
-            js = f"(item, criterion, _, comment, __, key) => [item, criterion, '{value}', comment, {TIMER}, key]"
+            value = "arenaChoice()" if value == "best_worst" else f"'{value}'"
+            js = f"(item, criterion, _, comment, __, key) => [item, criterion, {value}, comment, {TIMER}, key]"
             button.click(on_answer, given, screen, js=js, trigger_mode="once", **quiet)
-        for number, button in enumerate(numbers):
-            js = f"(_, best, item, name, comment, __, key) => [{number}, best, item, name, comment, {TIMER}, key]"
-            inputs = [gr.Number(visible=False), best, item_id, criterion, comment, seconds, key]
-            button.click(on_number, inputs, screen, js=js, trigger_mode="once", **quiet)
         undo.click(on_undo, [key], screen, **quiet)
         skip.click(on_skip, [item_id, skip_reason, key], screen, **quiet)
-        self.on_load = (first_screen, [key], screen)
+        self.on_load = (first_screen, [key], [key, *screen], f"() => [{self.kept} ?? '']")
 
         for function, signature in (
             (self.join, [role, agreed]),
@@ -294,12 +280,15 @@ class VoteTab:
         if item.mode != "pairs":
             asked = text[f"ask_{item.mode}"].format(criterion=words.get("name", criterion.replace("_", " ")))
         place = f"{item.criteria.index(criterion) + 1}/{len(item.criteria)}"
-        prompt = f"<p>{escape(text['prompt'].format(prompt=item.prompt))}</p>" if item.prompt else ""
-        task = escape(text["tasks"][item.task])
+        wanted = f"<p>{escape(text['tasks'][item.task])}</p>" if item.task else ""
+        wanted += f"<p>{escape(text['prompt'].format(prompt=item.prompt))}</p>" if item.prompt else ""
+        if item.mode == "best_worst":  # filled in by arena.js
+            words = (f'data-{name}="{escape(text[f"best_{name}"])}"' for name in ("chosen", "unchosen"))
+            wanted += f'<p id="choice" role="status" {" ".join(words)}></p>'
         # by its name the browser's clock knows a new question; the words may be those of the last one
         name = escape(f"{item.item_id} {criterion}")
         heading = f'<h3 aria-live="polite" data-question="{name}">{escape(asked)} <small>({place})</small></h3>'
-        return f"{heading}<p>{task}</p>{prompt}"
+        return heading + wanted
 
     def pictures(self, item) -> str:
         text = self.text["vote"]

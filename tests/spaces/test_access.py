@@ -251,6 +251,24 @@ def test_adapters_come_from_the_list_or_the_public_hub_and_are_no_pickles(hub_ar
     assert not arena.left.exists()
 
 
+def test_a_mask_of_ones_is_a_mask_and_what_is_removed_may_have_labels(arena):
+    image = arena.upload((EXAMPLES / "0-image.png").read_bytes(), "image.png")
+    mask = np.asarray(Image.open(EXAMPLES / "0-mask.png"))
+    painted = {}
+    for name, values in (("white", mask), ("ones", mask // 255), ("labels", np.where(mask, 2, 0).astype(np.uint8))):
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, "PNG")
+        for task in ("fill", "remove"):
+            _, results, message = arena.generate(image, arena.upload(buffer.getvalue(), f"{name}.png"), task=task)
+            assert message is None, (name, task, message)
+            painted[name, task] = arena.download(results[0][0])
+    pixels = {key: np.asarray(Image.open(io.BytesIO(content))) for key, content in painted.items()}
+    for task in ("fill", "remove"):
+        assert np.array_equal(pixels["ones", task], pixels["white", task])
+    assert np.array_equal(pixels["labels", "remove"], pixels["white", "remove"])
+    assert not np.array_equal(pixels["labels", "fill"], pixels["white", "fill"])
+
+
 def test_of_a_dicom_file_nothing_stays_but_its_pixels(arena, tmp_path):
     import pydicom
 

@@ -1,17 +1,21 @@
 """The page in a real browser: open, paint, generate, look closely, vote by mouse and by keys, take an answer back."""
 
+import base64
 import io
+import json
 import shutil
 import time
 import zipfile
 from pathlib import Path
 
 import datasets
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
 from onereward.data.synthetic import is_synthetic
+from onereward.preferences.schema import encoded_rows
 from onereward.preferences.store import VoteStore
 from onereward.preferences.study_design import StudySettings, make_study
 
@@ -80,6 +84,10 @@ def transforms(page, box):
     return set(page.locator(f"{box} .view img").evaluate_all("all => all.map(e => getComputedStyle(e).transform)"))
 
 
+def judged(page):
+    return page.locator("#pictures [id^=image-] img.image").evaluate_all("all => all.map(e => e.src)")
+
+
 def test_one_click_on_an_example_paints_it(arena, open_page):
     page = open_page(arena.url)
     page.locator("#examples button").first.click()
@@ -132,6 +140,63 @@ def test_a_picture_is_opened_painted_on_generated_and_taken_home(arena, open_pag
         assert 28 < rows.min() and rows.max() < 68 and 28 < columns.min() and columns.max() < 68
 
 
+def test_who_looks_at_another_slice_meanwhile_does_not_move_what_is_painted(arena, open_page, tmp_path):
+    pixels = np.random.default_rng(0).integers(100, 900, (48, 48, 20)).astype(np.int16)
+    inside = np.zeros(pixels.shape, np.uint8)
+    inside[16:32, 16:32] = 1
+    for name, content in (("scan", pixels), ("mask", inside)):
+        nib.save(nib.Nifti1Image(content, np.diag([1.0, 1.0, 3.0, 1.0])), tmp_path / f"{name}.nii.gz")
+    page = open_page(arena.url)
+    page.locator("#upload input[type=file]").set_input_files(tmp_path / "scan.nii.gz")
+    page.wait_for_selector("#slice input[type=range]")
+    page.wait_for_timeout(2500)  # the editor has no event for being ready
+    page.locator("#mask-upload input[type=file]").set_input_files(tmp_path / "mask.nii.gz")
+    page.wait_for_timeout(2000)
+    page.click("#run")
+    page.locator("#results", has_text="steps").wait_for()
+    page.locator("#slice input[type=range]").focus()
+    page.keyboard.press("Home")
+    page.wait_for_selector("#details figure", timeout=60_000)
+    page.locator("#results button").nth(1).click()  # a choice among the images does not ask for the slice either
+    page.locator("#details figcaption", has_text="Synthetic image 2").wait_for()
+    with page.expect_download() as download:
+        page.click("#download")
+    with zipfile.ZipFile(download.value.path()) as archive:
+        archive.extract("synthetic-fill-seed0.nii.gz", tmp_path)
+    result = np.asarray(nib.load(tmp_path / "synthetic-fill-seed0.nii.gz").dataobj)
+    assert set(np.argwhere(result != pixels)[:, 2]) == {10}
+    assert np.array_equal(result[inside == 0], pixels[inside == 0])
+
+
+def test_waiting_can_be_stopped_and_the_next_example_is_painted(arena, open_page):
+    page, other = open_page(arena.url), open_page(arena.url)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("number input for Images").fill("8")
+    page.get_by_label("number input for Images").press("Enter")
+    page.locator("#examples button").first.click()
+    page.locator("#results", has_text="steps").wait_for()
+    other.locator("#examples button").first.click()
+    other.locator("#results", has_text="queue").wait_for()
+    other.click("#cancel")
+    other.locator("#message", has_text="Stopped").wait_for()
+    page.locator("#examples button").nth(3).click()
+    third = json.loads((SPACE / "examples/examples.json").read_text())[3]
+    page.locator("#message", has_text=third["prompt"]).wait_for(timeout=120_000)
+    assert other.locator("#details figure").count() == 0
+
+
+def test_layers_are_named_and_cannot_be_moved_or_deleted(arena, open_page):
+    page = open_page(arena.url)
+    page.locator("#upload input[type=file]").set_input_files(SPACE / "examples/1-image.png")
+    page.wait_for_selector("#editor canvas")
+    page.wait_for_timeout(1500)
+    page.click("#editor .layer-title-button")
+    rows = page.locator("#editor .layer-wrap li")
+    assert [row.inner_text().strip()[:6] for row in rows.all()] == ["1. rep", "2. NCR", "3. ED", "4. ET"]
+    for row in rows.all():
+        assert row.locator("button:visible").count() == 2  # show it, choose it
+
+
 def test_votes_by_mouse_and_by_keys_and_undo(arena, open_page):
     page = open_page(arena.url)
     start_voting(page)
@@ -150,26 +215,40 @@ def test_votes_by_mouse_and_by_keys_and_undo(arena, open_page):
     page.locator("#comment textarea").press("ArrowLeft")
     page.wait_for_timeout(500)
     assert answered(page) == 3
+    page.locator("#pictures input[data-sets='--outline']").click()  # nor does a click on it keep the keys
+    page.keyboard.press("ArrowLeft")
+    wait_for_answers(page, 4)
     page.locator("#pictures").hover()
     page.locator("#pictures [data-zoom-by='1.4']").click()
     assert len(transforms(page, "#pictures")) == 1
+    page.get_by_text("Use via API").click()
+    page.wait_for_selector("[aria-modal=true]")
+    page.keyboard.press("ArrowDown")  # what is not seen is not answered
+    page.wait_for_timeout(500)
+    assert answered(page) == 4
 
 
 def test_a_reload_goes_on_and_a_second_browser_is_somebody_else(arena, open_page):
     page = open_page(arena.url)
+    tab = page.context.new_page()
+    tab.goto(arena.url)
+    tab.wait_for_selector("#run")
     start_voting(page)
     page.keyboard.press("ArrowLeft")
     wait_for_answers(page, 1)
-    seen = page.locator("#pictures img").first.get_attribute("src")
+    start_voting(tab)  # opened before the other one had a name
+    tab.keyboard.press("ArrowLeft")
+    wait_for_answers(tab, 2)
+    seen = tab.locator("#pictures img").first.get_attribute("src")
     page.reload()
     page.get_by_role("tab", name="Vote").click()
-    wait_for_answers(page, 1)
+    wait_for_answers(page, 2)
     assert page.locator("#pictures img").first.get_attribute("src") == seen  # the same question, on the same sides
 
-    tab = page.context.new_page()  # another tab of the same browser is the same rater
-    tab.goto(arena.url)
+    tab.reload()  # another tab of the same browser is the same rater
     tab.get_by_role("tab", name="Vote").click()
-    wait_for_answers(tab, 1)
+    tab.keyboard.press("ArrowLeft")
+    wait_for_answers(tab, 3)
 
     other = open_page(arena.url)
     other.get_by_role("tab", name="Vote").click()
@@ -279,18 +358,24 @@ def test_the_other_kinds_of_study(mode, running_space, open_page, tmp_path):
         start_voting(page)
         if mode == "turing":
             assert page.locator("#pictures figure").count() == 1
+            assert page.locator("#question p").count() == 0  # what was asked for would tell that it was painted
             page.keyboard.press("r")
             wait_for_answers(page, 1)
             page.click("#answer-synthetic")
             wait_for_answers(page, 2)
         else:
+            shown = [base64.b64decode(src.partition(",")[2]) for src in judged(page)]
             page.keyboard.press("2")
             page.get_by_text("Image 2 is the best").wait_for()
             page.keyboard.press("2")  # changed my mind
-            page.get_by_text("Press the number of the best").first.wait_for()
-            page.keyboard.press("3")
+            page.locator("#choice", has_text="Press the number of the best").wait_for()
+            page.keyboard.press("3")  # faster than any server
             page.keyboard.press("1")
             wait_for_answers(page, 1)
+            with VoteStore(space.data / "votes.sqlite") as store:
+                votes = list(encoded_rows(store.votes()))
+            won = [vote[f"image_{int(vote['label_0'] != 1)}"]["bytes"] for vote in votes]
+            assert [won.count(image) for image in shown] == [0, 1, 2]
             page.keyboard.press("0")
             wait_for_answers(page, 2)
         page.keyboard.press("u")

@@ -61,7 +61,8 @@ class Item:
         mode (`str`):
             As in [`StudySettings`].
         task (`str`):
-            `"fill"`, `"remove"` or `"extend"`.
+            `"fill"`, `"remove"` or `"extend"`. Empty with mode `"turing"`, where it would tell that something was
+            painted; so is `prompt`.
         prompt (`str`):
             What was to be painted.
         images (`list[bytes]`):
@@ -729,8 +730,8 @@ class Study:
         return Item(
             item_id=self._item_id(rater, unit, occasion),
             mode=settings.mode,
-            task=unit.task,
-            prompt=row["prompt"],
+            task="" if settings.mode == "turing" else unit.task,
+            prompt="" if settings.mode == "turing" else row["prompt"],
             images=[self._rows[unit.rows[place]]["candidate"]["bytes"] for place in order],
             source=shown["image"],
             mask=shown["mask"],
