@@ -68,14 +68,15 @@ class GenerateTab:
             prompt=choices["prompt"] or None,
             slice=opened.index if opened.scan.is_volume else None,
             axis=opened.axis,
-            window=opened.window if opened.picture.ndim == 2 else None,
+            window=opened.file_window if opened.picture.ndim == 2 else None,
             num_inference_steps=choices["num_inference_steps"],
             guidance_scale=choices["guidance_scale"],
             seed=choices["seed"],
         )
         number = choices["num_images"]
         picture = opened.picture.copy()  # a view would keep all of a volume in memory
-        job = Job(opened.scan, picture, mask, label_map, settings.window, opened.spacing, number, settings)
+        seen = opened.window if picture.ndim == 2 else None
+        job = Job(opened.scan, picture, mask, label_map, seen, opened.spacing, number, settings)
         images = self.painter.paint(job, on_step)
         shown = [image if image.ndim == 3 else window(image, *opened.window) for image in images]
         rewards = self.painter.rewards(job, shown, opened.shown)
@@ -169,7 +170,7 @@ class GenerateTab:
             opened.axis = axis or opened.axis
             opened.index = opened.num_slices // 2 if slice is None else to_number("slice", slice, whole=True)
             if window_center is not None and window_width is not None:
-                opened.window = to_number("window_center", window_center), to_number("window_width", window_width)
+                opened.set_window(to_number("window_center", window_center), to_number("window_width", window_width))
             inside, labels = read_mask(mask, opened, self.painter.labels)
             if task == "remove":
                 labels = None  # a lesion of any label
@@ -293,8 +294,7 @@ class GenerateTab:
                 slices(found),
                 found.axis,
                 gr.Row(visible=grey or found.scan.is_volume),
-                found.window[0],
-                found.window[1],
+                *found.file_window,
             ]
 
         def on_upload(path):
@@ -305,7 +305,7 @@ class GenerateTab:
             with plain_errors():
                 if found is None:
                     return [gr.skip()] * 3
-                found.window = to_number("window_center", center), to_number("window_width", width)
+                found.set_window(to_number("window_center", center), to_number("window_width", width))
                 found.axis = axis
                 found.index = min(int(number), found.num_slices - 1)
                 return [found, self.editor_value(found), slices(found)]

@@ -57,6 +57,15 @@ class Opened:
         return self.picture if self.picture.ndim == 3 else window(self.picture, *self.window)
 
     @property
+    def file_window(self) -> tuple[float, float]:
+        """Centre and width of the window in the numbers of the file, which those of `picture` may be turned from."""
+        return self.scan.turn(self.window[0]), self.window[1]
+
+    def set_window(self, center: float, width: float) -> None:
+        """Look through another window, given in the numbers of the file."""
+        self.window = self.scan.turn(center), width
+
+    @property
     def spacing(self) -> tuple[float, float]:
         if not self.scan.is_volume:
             return self.scan.spacing or (1.0, 1.0)

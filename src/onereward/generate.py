@@ -55,7 +55,7 @@ class GenerateSettings:
         all_slices (`bool`, *optional*, defaults to `False`):
             Whether all slices with a mask are repainted, each by itself.
         window (`tuple[float, float]`, *optional*):
-            Centre and width, in the numbers of the scan, of what the model sees. Defaults to
+            Centre and width, in the numbers of the file, of what the model sees. Defaults to
             [`~onereward.data.scans.default_window`].
         num_inference_steps (`int`, *optional*, defaults to `20`):
             Denoising steps.
@@ -90,7 +90,9 @@ def run_generate(
 ) -> list[str]:
     """
     Repaint a picture or scan and write it, marked as synthetic. Outside the mask every number stays what it was; in it
-    the model's grey is mapped back through the window to the numbers of the source.
+    the model's grey is mapped back through the window to the numbers of the source. Where the source says that low is
+    white (MONOCHROME1), so does a DICOM file; NIfTI cannot say so and gets the numbers turned about, with a note.
+    Where a NIfTI source does not say how the patient lies, nor does what is written.
 
     Args:
         image, mask, label_map (`str` or `os.PathLike`):
@@ -127,7 +129,9 @@ def run_generate(
     scan = read_scan(image)
     shown = None
     if scan.is_volume or scan.pixels.ndim == 2:
-        shown = default_window(scan) if settings.window is None else settings.window
+        shown = default_window(scan)
+        if settings.window is not None:
+            shown = scan.turn(settings.window[0]), settings.window[1]
         to_unit(np.zeros(1), *shown)  # says what is wrong with a window
     elif settings.window is not None:
         raise ValueError("a window is given, but the picture has colours. Leave it out.")
@@ -142,6 +146,11 @@ def run_generate(
         )
     if not ending and not scan.is_volume:
         raise ValueError("a folder of DICOM files holds a volume, but the source is one slice. Let it end in .dcm.")
+    if not ending and not scan.oriented:
+        raise ValueError(
+            "the source does not say how the patient lies, but a folder of DICOM files must. Let the output end in "
+            ".nii.gz, or correct the header of the source."
+        )
 
     pipe = OneRewardMaskPipeline.from_pretrained(settings.pipeline, revision=settings.revision)
     if settings.adapter is not None:
@@ -212,7 +221,10 @@ def _on_grid(given: Scan, scan: Scan, chosen: list[int], axis: str, name: str, c
     target, wanted = reorient(scan.pixels, scan.affine)
     _check_same(view.shape, target.shape, name)
     if np.abs(affine - wanted).max() > 0.05 * min(scan.spacing):
-        raise ValueError(f"the {name} lies elsewhere in space than the source. Resample it to the grid of the source.")
+        raise ValueError(
+            f"the {name} lies elsewhere in space than the source. Resample it to the grid of the source, or correct "
+            "the unit of length in its header."
+        )
     whole = np.zeros(scan.pixels.shape, bool if name == "mask" else given.pixels.dtype)
     flat = view.reshape(len(view), -1)
     reorient(whole, scan.affine)[0][...] = np.reshape(check(flat, flat.shape, name), view.shape)
@@ -260,6 +272,9 @@ def paint_picture(
 
     Returns:
         `np.ndarray` of the shape of `picture`. Only what is `inside` is of use.
+
+    Raises:
+        `ValueError`: when the picture is so long and narrow that the square around it would take all memory.
     """
     grey = picture.ndim == 2
     seen = to_unit(picture, *shown) if grey else picture
@@ -267,6 +282,11 @@ def paint_picture(
     height, width = picture.shape[:2]
     side = max(height * spacing[0], width * spacing[1])
     rows, columns = max(height, round(side / spacing[0])), max(width, round(side / spacing[1]))
+    if rows * columns > 16 * max(height * width, 2**20):
+        raise ValueError(
+            f"the slice is {height * spacing[0]:g} x {width * spacing[1]:g} mm, too long and narrow to be painted. "
+            "Correct the spacing in the header of the source, or crop it."
+        )
     top, left = (rows - height) // 2, (columns - width) // 2
     around = ((top, rows - height - top), (left, columns - width - left))
     work_size = pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -315,7 +335,7 @@ def write_painted(
         chosen (`list[int]`):
             The slices of a volume that were painted; of a picture `[0]`.
         shown (`tuple[float, float]`, *optional*):
-            Centre and width of the window.
+            Centre and width of the window, in the numbers of `scan.pixels`.
         settings ([`GenerateSettings`]):
             How it was painted.
 
@@ -323,7 +343,8 @@ def write_painted(
         `list[str]`: what should be said of it.
     """
     index, ending = chosen[0], _ending(output)
-    facts = _facts(scan, inside, chosen, shown, settings)
+    named = shown and (scan.turn(shown[0]), shown[1])  # in the numbers of the file, which the user knows
+    facts = _facts(scan, inside, chosen, named, settings)
     if ending == ".png":
         picture = plane(result, scan.affine, settings.axis, index) if scan.is_volume else result
         facts["mask"] = plane(facts["mask"], scan.affine, settings.axis, index) if scan.is_volume else facts["mask"]
@@ -332,22 +353,32 @@ def write_painted(
             return []
         save_png(window(picture, *shown), output, **facts)
         return [
-            f"The PNG shows the window of centre {shown[0]:g} and width {shown[1]:g} in 8 bits; the numbers of the "
+            f"The PNG shows the window of centre {named[0]:g} and width {named[1]:g} in 8 bits; the numbers of the "
             "source are kept in .nii.gz and .dcm."
         ]
     if ending in (".nii", ".nii.gz"):
+        affine = scan.affine if scan.oriented else None
         if scan.is_volume:
-            save_nifti(result, output, affine=scan.affine, **facts)
+            save_nifti(result, output, affine=affine, spacing=scan.spacing, **facts)
         else:  # the first axis of NIfTI runs along a row
             spacing = None if scan.spacing is None else (scan.spacing[1], scan.spacing[0], 1.0)
-            save_nifti(result.T[..., None], output, affine=scan.affine, spacing=spacing, **facts)
-        return []
-    about = {"modality": scan.modality, "rescale": scan.rescale, "window": shown, "burned_in": scan.burned_in, **facts}
+            save_nifti(result.T[..., None], output, affine=affine, spacing=spacing, **facts)
+        if scan.turned is None:
+            return []
+        return [
+            "Low numbers are white in the source, which NIfTI cannot say: they are turned about, x became "
+            f"{scan.turned:g} - x."
+        ]
+    about = {"modality": scan.modality, "rescale": scan.rescale, "window": named, "burned_in": scan.burned_in, **facts}
+    if scan.turned is not None:
+        result, about["low_is_white"] = scan.storable(scan.turn(result)), True
+    about["is_volume"] = scan.is_volume and not ending
     if not scan.is_volume:
         save_dicom(result, output, affine=scan.affine, spacing=scan.spacing, **about)
     elif ending == ".dcm":
         place = plane_affine(result.shape, scan.affine, settings.axis, index)
-        save_dicom(plane(result, scan.affine, settings.axis, index), output, affine=place, **about)
+        where = {"affine": place} if scan.oriented else {"spacing": np.linalg.norm(place[:3, [1, 0]], axis=0)}
+        save_dicom(plane(result, scan.affine, settings.axis, index), output, **where, **about)
     elif scan.kind == "nifti":
         turned, affine = reorient(result, scan.affine, "LPS")  # as slices are stored by scanners
         save_dicom(turned, output, affine=affine, **about)

@@ -155,8 +155,31 @@ def test_nifti_of_two_or_four_dimensions(tmp_path):
 
 def test_nifti_without_orientation_is_warned_of(tmp_path):
     save_nifti(np.zeros((3, 4, 5), np.int16), tmp_path / "a.nii", model="m")
-    (warning,) = read_scan(tmp_path / "a.nii").warnings
-    assert "mirrored" in warning
+    scan = read_scan(tmp_path / "a.nii")
+    (warning,) = scan.warnings
+    assert "mirrored" in warning and not scan.oriented
+    assert read_scan(NIBABEL_FILES / "anatomical.nii").oriented
+
+
+@pytest.mark.parametrize("unit, millimetres", [("micron", 1e-3), ("mm", 1), ("meter", 1e3), ("unknown", 1)])
+@pytest.mark.parametrize("codes", [(2, 0), (0, 1), (0, 0)])
+def test_lengths_are_in_mm_whatever_nifti_counts_in(tmp_path, unit, millimetres, codes):
+    lengths = np.array([0.5, 0.25, 2.0])
+    affine = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.1, 0.2, 0.3) @ np.diag(lengths), (5, -7, 11))
+    in_file = np.diag([1 / millimetres] * 3 + [1]) @ affine
+    image = nib.Nifti1Image(np.zeros((3, 4, 5), np.int16), in_file if any(codes) else None)
+    image.header.set_zooms(lengths / millimetres)
+    image.header.set_xyzt_units(unit)
+    if any(codes):
+        image.set_sform(in_file, codes[0])
+        image.set_qform(in_file, codes[1])
+    nib.save(image, tmp_path / "a.nii")
+    scan = read_scan(tmp_path / "a.nii")
+    np.testing.assert_allclose(scan.spacing, lengths, rtol=1e-6)
+    if not any(codes):  # a file that says no more than sizes is taken to lie around the origin, as nibabel does
+        affine = nib.affines.from_matvec(np.diag(lengths * (-1, 1, 1)), (0.5, -0.375, -4))
+    np.testing.assert_allclose(scan.affine, affine, atol=1e-5)
+    assert scan.oriented == any(codes)
 
 
 def break_nifti(path, **fields):
@@ -345,7 +368,30 @@ def test_monochrome1_is_turned_about(tmp_path, dtype, high):
     if high == 4095:
         file.BitsStored, file.HighBit = 12, 11
     file.save_as(tmp_path / "a.dcm")
-    np.testing.assert_array_equal(read_scan(tmp_path / "a.dcm").pixels, high - stored.astype(int))
+    scan = read_scan(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(scan.pixels, high - stored.astype(int))
+    np.testing.assert_array_equal(scan.turn(scan.pixels), stored)
+
+
+@pytest.mark.parametrize("dtype, bits", [("uint16", 12), ("uint16", 16), ("int16", 12)])
+@pytest.mark.parametrize("rescale", [(1, 0), (2, -100), (-1, 5), (0.37, -3.5)])
+def test_monochrome1_is_shown_as_its_twin_in_monochrome2(tmp_path, dtype, bits, rescale):
+    stored = RNG.integers(0, 1 << bits - 1, (6, 4)).astype(dtype)
+    negative = ((-1 if dtype == "int16" else (1 << bits) - 1) - stored.astype(int)).astype(dtype)
+    center, width = 700, 1000  # of the stored numbers
+    for name, pixels, middle in (("MONOCHROME2", stored, center), ("MONOCHROME1", negative, None)):
+        middle = center if middle else float(stored[0, 0]) + float(negative[0, 0]) - center
+        save_dicom(pixels, tmp_path / f"{name}.dcm", model="m")
+        file = pydicom.dcmread(tmp_path / f"{name}.dcm")
+        file.PhotometricInterpretation, file.BitsStored, file.HighBit = name, bits, bits - 1
+        file.RescaleSlope, file.RescaleIntercept = rescale
+        file.WindowCenter, file.WindowWidth = middle * rescale[0] + rescale[1], width * abs(rescale[0])
+        file.save_as(tmp_path / f"{name}.dcm")
+    film, twin = (read_scan(tmp_path / f"MONOCHROME{number}.dcm") for number in (1, 2))
+    np.testing.assert_allclose(film.pixels, twin.pixels)
+    np.testing.assert_allclose(default_window(film), default_window(twin))
+    np.testing.assert_allclose(film.turn(film.pixels), pydicom.pixels.apply_rescale(negative, file))
+    assert default_window(film)[0] == film.turn(float(file.WindowCenter))
 
 
 @pytest.fixture

@@ -239,15 +239,17 @@ def files(tmp_path_factory):
     save_dicom(colour, folder / "colour.dcm", **facts)
     grey = RNG.integers(0, 65536, (5, 3), dtype=np.uint16)
     save_dicom(grey, folder / "grey.dcm", spacing=(0.1, 0.2), burned_in=None, **facts)
+    save_dicom(hu[:, :, 0], folder / "film.dcm", low_is_white=True, window=(40, 80), **facts)
     return {
         "ct": (folder / "ct" / "0002.dcm", hu[:, :, 1].T),
         "mr": (folder / "mr" / "0003.dcm", hu[:, :, 2].T.clip(0)),
         "colour": (folder / "colour.dcm", colour),
         "grey": (folder / "grey.dcm", grey),
+        "film": (folder / "film.dcm", hu[:, :, 0]),
     }
 
 
-@pytest.mark.parametrize("kind", ["ct", "mr", "colour", "grey"])
+@pytest.mark.parametrize("kind", ["ct", "mr", "colour", "grey", "film"])
 def test_dicom_is_marked_in_the_standard_fields_and_holds_the_very_pixels(files, kind):
     path, pixels = files[kind]
     file = pydicom.dcmread(path)
@@ -261,15 +263,16 @@ def test_dicom_is_marked_in_the_standard_fields_and_holds_the_very_pixels(files,
     assert f"revision {COMMIT}" in file.SoftwareVersions
     assert file.get("BurnedInAnnotation") == (None if kind == "grey" else "NO")
     assert file.get("PatientIdentityRemoved") == (None if kind == "grey" else "YES")
+    assert file.PhotometricInterpretation == {"colour": "RGB", "film": "MONOCHROME1"}.get(kind, "MONOCHROME2")
     assert is_synthetic(path)["model"] == "org/m"
 
 
-@pytest.mark.parametrize("kind", ["ct", "mr", "colour", "grey"])
+@pytest.mark.parametrize("kind", ["ct", "mr", "colour", "grey", "film"])
 @pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="needs dciodvfy of dicom3tools")
 def test_dciodvfy_finds_no_error_but_the_field_that_it_is_too_old_for(files, kind):
     found = subprocess.run(["dciodvfy", files[kind][0]], capture_output=True, text=True)
     lines = (found.stdout + found.stderr).splitlines()
-    assert {"ct": "CTImage", "mr": "MRImage", "colour": "SCImage", "grey": "SCImage"}[kind] in lines
+    assert {"ct": "CTImage", "mr": "MRImage"}.get(kind, "SCImage") in lines
     errors = [line for line in lines if line.startswith("Error")]
     assert len(errors) == 1 and "(0x0008,0x001c)" in errors[0], errors
 
@@ -296,6 +299,21 @@ def test_dicom_keeps_a_rescale_and_its_numbers(tmp_path):
     file = pydicom.dcmread(tmp_path / "a.dcm")
     np.testing.assert_array_equal(file.pixel_array, stored)
     np.testing.assert_array_equal(pydicom.pixels.apply_rescale(file.pixel_array, file), stored * slope + intercept)
+
+
+def test_a_colour_slice_that_has_a_place_is_no_volume_of_three_slices(tmp_path):
+    pixels, affine = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8), np.diag([2.0, 3.0, 4.0, 1.0])
+    save_dicom(pixels, tmp_path / "colour.dcm", model="m", affine=affine, is_volume=False)
+    file = pydicom.dcmread(tmp_path / "colour.dcm")
+    np.testing.assert_array_equal(file.pixel_array, pixels)
+    assert list(file.PixelSpacing) == [3, 2] and "ImagePositionPatient" in file
+    save_dicom(pixels, tmp_path / "volume", model="m", affine=affine, is_volume=True)
+    for number in range(3):
+        slice = pydicom.dcmread(tmp_path / "volume" / f"000{number + 1}.dcm")
+        np.testing.assert_array_equal(slice.pixel_array, pixels[:, :, number].T)
+    for shape, is_volume in (((5, 7), True), ((5, 7, 4), False)):
+        with pytest.raises(ValueError, match="is_volume"):
+            save_dicom(np.zeros(shape, np.uint8), tmp_path / "a", model="m", affine=affine, is_volume=is_volume)
 
 
 def test_each_dicom_file_is_new_and_a_folder_is_never_written_over(tmp_path):

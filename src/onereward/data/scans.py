@@ -78,7 +78,7 @@ class Scan:
     Args:
         pixels (`np.ndarray`):
             A picture or slice `(rows, columns)`, a colour picture `(rows, columns, 3)`, or a volume `(X, Y, Z)`. The
-            numbers mean what the file says (HU for CT): integers where they are, else floats.
+            numbers mean what the file says (HU for CT): integers where they are, else floats. High is white.
         kind (`str`):
             `"picture"`, `"nifti"` (always a volume), `"dicom"` (one slice) or `"dicom-series"` (a volume whose axes
             are columns, rows and slices).
@@ -86,15 +86,21 @@ class Scan:
             Distance of neighbours along each axis of `pixels` in mm.
         affine (`np.ndarray`, *optional*):
             From indices of a volume, or from (column, row, 0) of a slice, to RAS coordinates in mm, `(4, 4)`.
+        oriented (`bool`, *optional*, defaults to `True`):
+            Whether the directions of `affine` are those of the file. A NIfTI file may say that they are not known:
+            then they are a guess, to show slices by but not to be written.
         modality (`str`, *optional*):
             As DICOM names it, e.g. `"CT"`.
         rescale (`tuple[float, float]`, *optional*):
             Slope and intercept that the file's integers were multiplied by and increased by; `None` where the file
             holds floats.
         limits (`tuple[float, float]`):
-            Least and greatest number that the file could hold.
+            Least and greatest number that `pixels` could hold.
         window (`tuple[float, float]`, *optional*):
-            Centre and width that the file recommends for display.
+            Centre and width that the file recommends for display, in the numbers of `pixels`.
+        turned (`float`, *optional*):
+            Where low is white in the file (MONOCHROME1), its numbers are turned about in `pixels`: what a number and
+            its turned one add up to.
         burned_in (`str`, *optional*):
             `"YES"` or `"NO"`: whether the file says that text stands in the pixels.
         warnings (`list[str]`):
@@ -105,10 +111,12 @@ class Scan:
     kind: str
     spacing: tuple[float, ...] | None = None
     affine: np.ndarray | None = None
+    oriented: bool = True
     modality: str | None = None
     rescale: tuple[float, float] | None = (1, 0)
     limits: tuple[float, float] = (-math.inf, math.inf)
     window: tuple[float, float] | None = None
+    turned: float | None = None
     burned_in: str | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -120,6 +128,10 @@ class Scan:
     def slice(self, index: int, axis: str = "axial") -> np.ndarray:
         """One slice of a volume, as of [`plane`]."""
         return plane(self.pixels, self.affine, axis, index)
+
+    def turn(self, numbers: np.ndarray | float) -> np.ndarray | float:
+        """Numbers of the file as numbers of `pixels`, and back. They differ where low is white in the file."""
+        return numbers if self.turned is None else self.turned - numbers
 
     def storable(self, values: np.ndarray) -> np.ndarray:
         """The nearest numbers that the file could hold, in the type of `pixels`."""
@@ -471,19 +483,25 @@ def _read_nifti(path: Path, max_pixels: int) -> Scan:
     rescale = (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
     pixels, limits = _rescaled(stored, rescale)
 
-    spacing = _check_spacing(abs(float(size)) for size in header["pixdim"][1:4])
+    # 1 is metres, 3 micrometres; where the unit is not said, as nibabel does not, mm are meant
+    unit = {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)
+    spacing = _check_spacing(abs(float(size)) * unit for size in header["pixdim"][1:4])
     affine, notes = header.get_best_affine(), []
-    if not header["sform_code"] and not header["qform_code"]:
+    oriented = bool(header["sform_code"] or header["qform_code"])
+    if not oriented:
         notes.append("The file does not say how the patient lies in it: slices may be turned or mirrored.")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-9 * sizes.prod():
         raise BadScan(f"{path.name} has an affine that is no affine ({affine[:3, :3].tolist()}). Correct its header.")
+    affine[:3] *= unit
     if header["sform_code"]:
-        spacing = _check_spacing(np.linalg.norm(affine[:3, :3], axis=0))
+        spacing = _check_spacing(sizes * unit)
     return Scan(
         pixels,
         "nifti",
         spacing=spacing,
         affine=affine,
+        oriented=oriented,
         rescale=rescale if stored.dtype.kind in "iu" else None,
         limits=limits,
         warnings=notes,
@@ -575,7 +593,7 @@ def _read_slice(path: Path, max_pixels: int) -> tuple[Scan, str]:
     if frames != 1:
         raise BadScan(f"{path.name} holds {frames} frames. Save the one you want, or the series as one file a slice.")
     _check_size((int(file.Columns), int(file.Rows)), max_pixels, path.name)
-    pixels, rescale, limits = _decode(file, path.name)
+    pixels, rescale, limits, turned = _decode(file, path.name)
     _check_numbers(pixels)
 
     notes = []
@@ -625,10 +643,12 @@ def _read_slice(path: Path, max_pixels: int) -> tuple[Scan, str]:
         modality=modality,
         rescale=rescale,
         limits=limits,
-        window=(center, width) if center is not None and width is not None and width > 0 else None,
+        turned=turned,
         burned_in=burned_in if burned_in in ("YES", "NO") else None,
         warnings=notes,
     )
+    if center is not None and width is not None and width > 0:
+        scan.window = scan.turn(center), width
     return scan, str(file.get("SeriesInstanceUID", ""))
 
 
@@ -638,8 +658,8 @@ def _first(value) -> float | None:
     return None if value in (None, "") or not math.isfinite(float(value)) else float(value)
 
 
-def _decode(file, name: str) -> tuple[np.ndarray, tuple[float, float] | None, tuple[float, float]]:
-    """Numbers, rescale and limits of a DICOM image. MONOCHROME1, where white is low, is turned about."""
+def _decode(file, name: str) -> tuple[np.ndarray, tuple[float, float] | None, tuple[float, float], float | None]:
+    """`pixels`, `rescale`, `limits` and `turned` of a DICOM image, which is turned about where low is white."""
     from pydicom.pixels import apply_color_lut, get_decoder
 
     syntax = file.file_meta.TransferSyntaxUID
@@ -663,20 +683,22 @@ def _decode(file, name: str) -> tuple[np.ndarray, tuple[float, float] | None, tu
     if pixels.ndim == 3:
         if pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
             raise BadScan(f"{name} has colours of {pixels.dtype} and shape {pixels.shape}, but 8 bits are wanted.")
-        return pixels, (1, 0), (0, 255)
+        return pixels, (1, 0), (0, 255), None
     if pixels.ndim != 2 or pixels.dtype.kind not in "iuf":
         raise BadScan(f"{name} holds {pixels.dtype} of shape {pixels.shape}, but one slice of numbers is wanted.")
     bits = int(file.get("BitsStored") or 8 * pixels.itemsize)
-    if photometric == "MONOCHROME1":
-        if pixels.dtype.kind == "f":
-            raise BadScan(f"{name} holds floats in MONOCHROME1. Save it as MONOCHROME2.")
-        turned = (-1 if pixels.dtype.kind == "i" else 2**bits - 1) - pixels.astype(np.int64)
-        pixels = turned.astype(pixels.dtype)
     rescale = (float(file.get("RescaleSlope") or 1), float(file.get("RescaleIntercept") or 0))
     if not (math.isfinite(rescale[0]) and math.isfinite(rescale[1]) and rescale[0]):
         raise BadScan(f"{name} has the rescale slope {rescale[0]}. Correct its header.")
+    turned = None
+    if photometric == "MONOCHROME1":
+        if pixels.dtype.kind == "f":
+            raise BadScan(f"{name} holds floats in MONOCHROME1. Save it as MONOCHROME2.")
+        both_ends = -1 if pixels.dtype.kind == "i" else 2**bits - 1
+        pixels = (both_ends - pixels.astype(np.int64)).astype(pixels.dtype)
+        turned = both_ends * rescale[0] + 2 * rescale[1]
     numbers, limits = _rescaled(pixels, rescale, bits if pixels.dtype.kind in "iu" else None)
-    return numbers, rescale if pixels.dtype.kind in "iu" else None, limits
+    return numbers, rescale if pixels.dtype.kind in "iu" else None, limits, turned
 
 
 def _check_frame(file, name: str) -> None:
@@ -709,6 +731,8 @@ def _stack(slices: list[Scan]) -> Scan:
             scan.affine[:3, :2], first.affine[:3, :2], atol=1e-3
         ):
             raise BadScan("the slices of the series differ in size, spacing or direction. Name one that is straight.")
+        if scan.turned != first.turned:
+            raise BadScan("the slices of the series differ in which numbers are white. Name one file instead.")
     normal = first.affine[:3, 2] / np.linalg.norm(first.affine[:3, 2])
     slices = sorted(slices, key=lambda scan: float(normal @ scan.affine[:3, 3]))
     positions = np.stack([scan.affine[:3, 3] for scan in slices])
@@ -733,6 +757,7 @@ def _stack(slices: list[Scan]) -> Scan:
         rescale=first.rescale if len(rescales) == 1 else None,
         limits=(max(scan.limits[0] for scan in slices), min(scan.limits[1] for scan in slices)),
         window=first.window,
+        turned=first.turned,
         burned_in=first.burned_in if len({scan.burned_in for scan in slices}) == 1 else None,
         warnings=list(dict.fromkeys(note for scan in slices for note in scan.warnings)),
     )

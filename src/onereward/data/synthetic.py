@@ -192,6 +192,8 @@ def save_dicom(
     rescale: tuple[float, float] | None = None,
     window: tuple[float, float] | None = None,
     burned_in: str | None = "NO",
+    low_is_white: bool = False,
+    is_volume: bool | None = None,
     **facts,
 ) -> None:
     """
@@ -222,6 +224,11 @@ def save_dicom(
         burned_in (`str`, *optional*, defaults to `"NO"`):
             `"YES"`, `"NO"` or, where it is not known, `None`: whether text stands in the pixels. What was not painted
             comes from a source that may have had some.
+        low_is_white (`bool`, *optional*, defaults to `False`):
+            Whether grey `pixels` are to be shown as a negative (MONOCHROME1).
+        is_volume (`bool`, *optional*):
+            Whether three dimensions are a volume, or a slice in colour. Defaults to a slice where the last one is 3
+            and there is no `affine`.
 
     Raises:
         `ImportError`: when pydicom is missing.
@@ -246,15 +253,20 @@ def save_dicom(
     stored = _stored(pixels, rescale)
     affine = None if affine is None else np.asarray(affine, float)
     common = {name: generate_uid() for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")}
-    about = {"modality": modality, "rescale": rescale, "window": window, "burned_in": burned_in, "uids": common}
-    if stored.ndim == 2 or stored.shape[-1] == 3 and affine is None:
+    about = {"modality": modality, "rescale": rescale, "window": window, "burned_in": burned_in}
+    about |= {"low_is_white": low_is_white, "uids": common}
+    is_slice = stored.ndim == 2 or (stored.ndim == 3 and stored.shape[2] == 3)
+    if is_volume is None:
+        is_volume = not is_slice or (stored.ndim == 3 and affine is not None)
+    if not (stored.ndim == 3 and affine is not None if is_volume else is_slice):
+        raise ValueError(
+            f"`pixels` have shape {pixels.shape} and `is_volume` is {is_volume}, but a slice is (rows, columns) or "
+            "(rows, columns, 3), and a volume is (columns, rows, slices) and needs an `affine` that says where its "
+            "slices lie."
+        )
+    if not is_volume:
         _write_slice(stored, path, mark, affine=affine, spacing=spacing, **about)
     else:
-        if affine is None or stored.ndim != 3:
-            raise ValueError(
-                f"`pixels` have shape {pixels.shape}; a volume is (columns, rows, slices) and needs an `affine` that "
-                "says where its slices lie."
-            )
         if path.exists():
             raise ValueError("`path` exists already, and a volume is written as a new folder. Name another one.")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -500,6 +512,7 @@ def _write_slice(
     rescale: tuple[float, float] | None,
     window: tuple[float, float] | None,
     burned_in: str | None,
+    low_is_white: bool,
     uids: dict[str, str],
     number: int = 1,
 ) -> None:
@@ -588,7 +601,8 @@ def _write_slice(
         file.SliceThickness = file.SpacingBetweenSlices = numbers(sizes[2:])[0]
 
     colour = stored.ndim == 3
-    file.SamplesPerPixel, file.PhotometricInterpretation = (3, "RGB") if colour else (1, "MONOCHROME2")
+    grey = "MONOCHROME1" if low_is_white else "MONOCHROME2"
+    file.SamplesPerPixel, file.PhotometricInterpretation = (3, "RGB") if colour else (1, grey)
     if colour:
         file.PlanarConfiguration = 0
     file.Rows, file.Columns = stored.shape[:2]
