@@ -45,9 +45,18 @@ def test_upper_bound_may_differ_from_the_lower():
 
 
 def test_beta_follows_the_divergence():
-    assert adapt_beta(0.1, kl=0.04, kl_target=0.02) == 0.2
-    assert adapt_beta(0.1, kl=0.01, kl_target=0.02) == 0.05
-    assert adapt_beta(0.1, kl=0.025, kl_target=0.02) == 0.1
+    assert adapt_beta(0.1, kl=0.04, kl_target=0.02, start=0.1) == 0.2
+    assert adapt_beta(0.1, kl=0.01, kl_target=0.02, start=0.1) == 0.05
+    assert adapt_beta(0.1, kl=0.025, kl_target=0.02, start=0.1) == 0.1
+
+
+@pytest.mark.parametrize(("kl", "end"), [(0.0, 0.1 / 64), (1.0, 0.1 * 1024)])
+def test_beta_keeps_within_reach_of_its_start_however_long_the_target_is_missed(kl, end):
+    beta = 0.1
+    for _ in range(2000):
+        beta = adapt_beta(beta, kl, kl_target=0.02, start=0.1)
+    assert beta == end
+    assert adapt_beta(beta, 1.0 - kl, kl_target=0.02, start=0.1) == (2 * end if kl == 0 else end / 2)
 
 
 # A toy policy in one dimension: what the model says is a number theta, the step's mean is linear in it, and the reward

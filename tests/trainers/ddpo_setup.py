@@ -162,6 +162,8 @@ if __name__ == "__main__":
         without_gpus(config.pop("engine"))
     resume, pause, delay = (config.pop(name, None) for name in ("resume_from_checkpoint", "pause_at", "slow_rewards"))
     unscored = config.pop("unscored", [])
+    if "num_eval_rows" in config:
+        config["eval_rows"] = make_rows(config.pop("num_eval_rows"), seed=1)
 
     def reward(images, masks, case_id, **columns):
         if delay:
@@ -176,4 +178,5 @@ if __name__ == "__main__":
     parameters = [p.detach() for p in trainer.denoiser.parameters() if p.requires_grad]
     weights = torch.cat([(p.full_tensor() if hasattr(p, "full_tensor") else p).flatten() for p in parameters])
     path = Path(config["output_dir"], f"result_{trainer.args.process_index}.json")
-    path.write_text(json.dumps({"weights": weights.tolist(), "world": trainer.args.world_size, "beta": trainer.beta}))
+    result = {"weights": weights.tolist(), "world": trainer.args.world_size, "beta": trainer.beta}
+    path.write_text(json.dumps(result | {"eval_rewards": logged(trainer, "eval_reward")}))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from peft import LoraConfig
 from safetensors import safe_open
 
 from onereward.hub.adapters import load_adapter
@@ -135,6 +136,40 @@ def test_beta_follows_its_target(tmp_path):
     assert logged(trainer, "beta") == [1.0, 2.0, 4.0]
 
 
+def test_a_divergence_below_its_target_leaves_the_penalty_on(tmp_path):
+    trainer = make_trainer(tmp_path, beta=0.5, kl_target=1.0, max_steps=8, num_inference_steps=3, window_size=1)
+    trainer.train()
+    assert logged(trainer, "beta") == [0.5 / 2**n for n in (1, 2, 3, 4, 5, 6, 6, 6)]
+
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("active", [True, False], ids=["active", "switched-off"])
+def test_a_new_adapter_does_not_silently_switch_off_one_that_is_loaded(tmp_path, active):
+    pipeline = make_pipeline()
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="sft")
+    if not active:
+        pipeline.unet.disable_adapters()
+    with pytest.raises(ValueError, match=r"`peft_config` is given, .*\['sft'\].*fuse_lora.*delete_adapters"):
+        make_trainer(tmp_path, pipeline=pipeline)
+    assert pipeline.unet.active_adapters() == ["sft"]
+
+
+def test_a_new_adapter_is_trained_on_top_of_one_that_was_fused(tmp_path):
+    pipeline = make_pipeline()
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="sft")
+    conditions = pipeline.encode_conditions("oedema", *(make_rows(1)[0][name] for name in ("image", "mask")))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pipeline.denoise(latents, 500, conditions)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        trainer = make_trainer(tmp_path, pipeline=pipeline)
+        torch.testing.assert_close(pipeline.denoise(latents, 500, conditions), expected, rtol=1e-4, atol=1e-5)
+    assert trainer.adapter_name == "default"
+
+
 # ------------------------------------------------------------------------------------------------------------- rollout
 
 
@@ -241,6 +276,29 @@ def test_evaluation_is_deterministic_and_in_batches_of_any_size(tmp_path):
     assert first["eval_reward"] == first["eval_rewards/brightness/mean"] and first["eval_reward_std"] > 0
     trainer.args.per_device_eval_batch_size = 2
     assert trainer.evaluate()["eval_reward"] == pytest.approx(first["eval_reward"], abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_each_process_takes_part_in_an_evaluation_of_any_number_of_rows(tmp_path, monkeypatch, count):
+    trainer = make_trainer(tmp_path, eval_rows=make_rows(3, seed=1), per_device_eval_batch_size=1)
+    rows = list(range(count))
+    expected, _ = trainer._evaluate_rows(trainer.eval_dataset, rows, 1, range(0), "")
+    sent = {0: [(row, [[math.nan]]) for row in rows]}  # until the first process, which is run last, has its own
+    calls, denoise = [], trainer.pipeline.denoise
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    monkeypatch.setattr(
+        trainer.pipeline, "denoise", lambda *args, **kwargs: calls.append(rank) or denoise(*args, **kwargs)
+    )
+    monkeypatch.setattr(
+        "onereward.trainers.ddpo.gather_object", lambda scored: sent.update({rank: scored}) or sent[0] + sent[1]
+    )
+    for rank in (1, 0):
+        monkeypatch.setattr(type(trainer.args), "process_index", rank)
+        trainer.scorer.names = None
+        rewards, _ = trainer._evaluate_rows(trainer.eval_dataset, rows, 1, range(0), "")
+        assert trainer.reward_names == ["brightness"]
+    assert torch.equal(rewards, expected)
+    assert calls.count(0) == calls.count(1)  # weights that are split over processes are gathered in each call
 
 
 def test_samples_go_to_a_folder_and_to_tensorboard(tmp_path):

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxFillPipeline
+from diffusers import (
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    FluxFillPipeline,
+    UniPCMultistepScheduler,
+)
 
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -36,6 +41,21 @@ def make_flow_trainer(output_dir, name, **config):
     return make_trainer(
         output_dir, pipeline=pipeline, rows=rows, lora={"target_modules": ["to_q", "to_v"]}, eta=0.7, **config
     )
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [FlowMatchHeunDiscreteScheduler(), FlowMatchLCMScheduler(), UniPCMultistepScheduler(use_flow_sigmas=True)],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_flow_scheduler_that_cannot_be_a_policy_is_refused_and_not_replaced(tmp_path, scheduler):
+    pipeline = PIPELINES["sd3-16"]()
+    pipeline.scheduler = scheduler
+    with pytest.raises(
+        ValueError, match=f"is {type(scheduler).__name__}.*FlowMatchEulerDiscreteScheduler.from_config"
+    ):
+        make_trainer(tmp_path, pipeline=pipeline, lora={"target_modules": ["to_q"]})
+    assert pipeline.scheduler is scheduler
 
 
 @pytest.mark.parametrize("sampler", ["sde", "cps"])

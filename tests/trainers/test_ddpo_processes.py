@@ -20,7 +20,7 @@ from onereward.pipelines import OneRewardMaskPipeline
 
 sys.path.append(str(Path(__file__).parent))
 
-from ddpo_setup import make_pipeline, make_rows, make_trainer  # noqa: E402
+from ddpo_setup import logged, make_pipeline, make_rows, make_trainer  # noqa: E402
 
 
 SETUP, REPOSITORY = Path(__file__).with_name("ddpo_setup.py"), Path(__file__).parents[2]
@@ -82,19 +82,22 @@ def test_two_processes_give_the_weights_of_one_with_their_batches_joined(tmp_pat
         reward = {"reward_funcs": score}
     # a picture and a checkpoint at each update: what needs all processes must not wait for one
     saving = {"save_strategy": "steps", "save_steps": 1, "log_samples_steps": 1, "ema_decay": 0.5}
-    results = run_two(tmp_path, **config, **saving)
+    # and an evaluation on fewer rows than processes, before any reward has been seen
+    results = run_two(tmp_path, **config, **saving, num_eval_rows=1, eval_on_start=True)
     assert results[0] == results[1]
     assert len(list((tmp_path / "samples").iterdir())) == 2
     assert (tmp_path / "checkpoint-2" / "checkpoint.json").exists()
 
     config.pop("unscored", None)
-    trainer = make_trainer(tmp_path / "one", **reward, **{**CONFIG, **config, **one})
+    evaluation = {"eval_rows": make_rows(1, seed=1), "eval_on_start": True}
+    trainer = make_trainer(tmp_path / "one", **reward, **{**CONFIG, **config, **one, **evaluation})
     before = flat(trainer.policy_parameters)
     trainer.train()
     after = flat(trainer.policy_parameters)
     torch.testing.assert_close(torch.tensor(results[0]["weights"]), after, rtol=1e-4, atol=1e-5)
     assert (after - before).abs().max() > 1e-3
     assert results[0]["beta"] == pytest.approx(trainer.beta)
+    assert results[0]["eval_rewards"] == pytest.approx(logged(trainer, "eval_reward"))
 
 
 @pytest.mark.slow

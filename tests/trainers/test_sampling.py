@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onereward.policy import seeded_generator
@@ -34,6 +35,24 @@ def test_generation_is_that_of_the_pipeline(tmp_path):
             output_type="np",
         ).images
         torch.testing.assert_close(images, torch.from_numpy(expected).permute(0, 3, 1, 2), rtol=0, atol=1e-5)
+
+
+def test_ddim_in_the_place_of_another_scheduler_clips_only_where_that_one_did(tmp_path):
+    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    for scheduler in (
+        EulerDiscreteScheduler(**schedule),
+        DPMSolverMultistepScheduler(**schedule),
+        DDPMScheduler(**schedule, clip_sample=True, clip_sample_range=2.0),
+        DDPMScheduler(**schedule, clip_sample=False),
+    ):
+        pipeline = make_pipeline()
+        pipeline.scheduler = scheduler
+        make_trainer(tmp_path, pipeline=pipeline)
+        ours = pipeline.scheduler
+        assert type(ours).__name__ == "DDIMScheduler" and torch.equal(ours.alphas_cumprod, scheduler.alphas_cumprod)
+        assert ours.config.clip_sample == scheduler.config.get("clip_sample", False)
+        if ours.config.clip_sample:
+            assert ours.config.clip_sample_range == scheduler.config.clip_sample_range
 
 
 def test_members_share_what_comes_before_the_window_and_differ_after(tmp_path):

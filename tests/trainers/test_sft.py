@@ -1,6 +1,11 @@
 """What `SFTTrainer` promises: the stated losses, exact resume, EMA, adapters in both formats."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,6 +243,99 @@ def test_weights_in_half_precision_are_trained_in_full(tiny_pipeline, rows, tmp_
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
     trainer = SFTTrainer(pipeline, args, rows, peft_config=LoraConfig(**LORA))
     assert {p.dtype for p in trainer.trainable} == {torch.float32}
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["all-weights", "new-adapter"])
+def test_a_denoiser_with_an_adapter_is_refused_with_the_remedy(tiny_pipeline, rows, tmp_path, lora):
+    """A new one would switch it off; and with all weights trained it would be saved as no pipeline can load it."""
+    pipeline = tiny_pipeline()
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="first")
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
+    with pytest.raises(ValueError, match=r"adapters \['first'\] already.*fuse_lora"):
+        SFTTrainer(pipeline, args, rows, peft_config=lora and LoraConfig(**lora))
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    trainer = SFTTrainer(pipeline, args, rows, peft_config=lora and LoraConfig(**lora))
+    assert list(getattr(trainer.pipeline.unet, "peft_config", None) or {}) == (["default"] if lora else [])
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def record(trainer):
+    """What the batches of a training hold, and what is drawn for them."""
+    drawn = {"targets": [], "noise": [], "timesteps": []}
+    vary, add_noise = trainer.vary, trainer.pipeline.scheduler.add_noise
+
+    def vary_and_record(batch):
+        drawn["targets"] += batch["targets"].flatten(1).double().sum(1).tolist()
+        return vary(batch)
+
+    def add_noise_and_record(latents, noise, timesteps):
+        drawn["noise"] += noise.flatten(1)[:, 0].tolist()
+        drawn["timesteps"] += timesteps.tolist()
+        return add_noise(latents, noise, timesteps)
+
+    trainer.vary, trainer.pipeline.scheduler.add_noise = vary_and_record, add_noise_and_record
+    return drawn
+
+
+def test_processes_draw_noise_of_their_own_and_shuffle_rows_alike(make_trainer, monkeypatch):
+    drawn = []
+    for rank in range(2):
+        monkeypatch.setattr(SFTConfig, "process_index", rank)
+        trainer = make_trainer(max_steps=1, save_strategy="no")
+        drawn.append(record(trainer))
+        for _ in range(2):  # the second time the random states differ from the beginning
+            trainer.train()
+    assert drawn[0]["targets"] == drawn[1]["targets"]
+    assert set(drawn[0]["noise"]).isdisjoint(drawn[1]["noise"])
+    assert drawn[0]["timesteps"] != drawn[1]["timesteps"]
+
+
+PROCESS = """
+import json, sys
+from pathlib import Path
+import torch
+from test_sft import OneRewardMaskPipeline, SFTConfig, SFTTrainer, load_phantom, record
+from tiny_components import tiny_components
+
+folder, results = Path(sys.argv[1]), []
+rows = load_phantom(8, contrasts=("t1c",), tasks=("fill",), seed=1)
+for checkpoint in (None, str(folder / "checkpoint-2")):
+    torch.manual_seed(0)
+    args = SFTConfig(
+        output_dir=str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, use_cpu=True, report_to="none", disable_tqdm=True,
+    )
+    trainer = SFTTrainer(OneRewardMaskPipeline(**tiny_components()), args, rows)
+    results.append(record(trainer))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    results[-1]["weights"] = torch.cat([p.detach().flatten() for p in trainer.trainable]).tolist()
+(folder / f"result_{args.process_index}.json").write_text(json.dumps(results))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_rows_draw_their_own_noise_and_resume_exactly(tmp_path):
+    (tmp_path / "process.py").write_text(PROCESS)
+    port = 29900 + os.getpid() % 90
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *filter(None, sys.path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+    result = subprocess.run(
+        [*command, str(tmp_path / "process.py"), str(tmp_path)], env=environment, timeout=200, capture_output=True
+    )
+    assert result.returncode == 0, result.stderr.decode()[-3000:]
+    results = [json.loads((tmp_path / f"result_{rank}.json").read_text()) for rank in range(2)]
+    (first, _), (second, _) = results
+    assert first["weights"] == second["weights"]
+    epoch = first["targets"][:4] + second["targets"][:4]
+    assert len(set(epoch)) == 8 and set(epoch) == set(first["targets"] + second["targets"])
+    assert set(first["noise"]).isdisjoint(second["noise"]) and first["timesteps"] != second["timesteps"]
+    for whole, resumed in results:
+        assert resumed["weights"] == whole["weights"]
+        assert all(resumed[name] == whole[name][8:] for name in ("targets", "noise", "timesteps"))
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(make_trainer):

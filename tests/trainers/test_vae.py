@@ -72,6 +72,21 @@ def test_resumed_training_ends_with_the_same_weights(make_trainer, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_processes_draw_noise_of_their_own_and_shuffle_rows_alike(make_trainer, monkeypatch):
+    pixels, images = [], []
+
+    def record(module, arguments, output):
+        pixels.append(arguments[0])
+        images.append(output[0].detach())
+
+    for rank in range(2):
+        monkeypatch.setattr(VAEConfig, "process_index", rank)
+        trainer = make_trainer(max_steps=1, save_strategy="no", learning_rate=0.0)
+        trainer.model.register_forward_hook(record)
+        trainer.train()
+    assert torch.equal(pixels[0], pixels[1]) and not torch.equal(images[0], images[1])
+
+
 def test_saved_vae_loads_into_diffusers_with_its_scaling(make_trainer, tmp_path):
     trainer = make_trainer()
     trainer.train()

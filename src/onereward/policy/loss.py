@@ -5,6 +5,12 @@ import torch
 from .gaussian import gaussian_kl
 
 
+# How far the coefficient of the penalty may move from where it starts. A policy starts at its reference, with a
+# divergence of 0, and may stay below the target for long. A coefficient that fell all that time would be 0 in the end;
+# it could not rise in time when the divergence grows, and would then overshoot as far.
+BETA_FALL, BETA_RISE = 2**6, 2**10
+
+
 def clipped_surrogate(
     ratio: torch.Tensor, advantages: torch.Tensor, epsilon: float, epsilon_high: float | None = None
 ) -> torch.Tensor:
@@ -84,25 +90,31 @@ def guarded_log_ratio(
     return (log_ratio + gaussian_kl(mean, old_mean, std, mask)) * std.flatten()
 
 
-def adapt_beta(beta: float, kl: float, kl_target: float) -> float:
-    """
+def adapt_beta(beta: float, kl: float, kl_target: float, start: float) -> float:
+    r"""
     The next coefficient of the KL penalty, by the rule of [PPO](https://huggingface.co/papers/1707.06347), section 4:
     twice as much when the divergence exceeds 1.5 times its target, half as much when it falls below its target over
-    1.5, else unchanged.
+    1.5, else unchanged; and kept within reach of the first coefficient.
+
+    $$\beta' = \mathrm{clip}\big(2^s \beta,\; \beta_0 / 64,\; 1024 \, \beta_0\big), \qquad
+    s = \begin{cases} 1 & D > 1.5 \, D_\mathrm{target} \\ -1 & D < D_\mathrm{target} / 1.5 \\
+    0 & \text{else} \end{cases}$$
 
     Args:
         beta (`float`):
-            Coefficient of the update just made.
+            $\beta$, coefficient of the update just made.
         kl (`float`):
-            Divergence from the reference measured in it, in nats per element.
+            $D$, divergence from the reference measured in it, in nats per element.
         kl_target (`float`):
             Divergence to keep to.
+        start (`float`):
+            $\beta_0$, coefficient of the first update.
 
     Returns:
         `float`: coefficient of the next update.
     """
     if kl > 1.5 * kl_target:
-        return 2 * beta
-    if kl < kl_target / 1.5:
-        return beta / 2
-    return beta
+        beta = 2 * beta
+    elif kl < kl_target / 1.5:
+        beta = beta / 2
+    return min(max(beta, start / BETA_FALL), start * BETA_RISE)

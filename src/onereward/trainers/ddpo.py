@@ -140,8 +140,8 @@ class DDPOTrainer(HubTrainer):
     Args:
         pipeline ([`OneRewardMaskPipeline`], [`OneRewardFluxFillPipeline`] or [`OneRewardSD3InpaintPipeline`]):
             Pipeline to tune. Its denoiser is trained; VAE and text encoders stay frozen. Flow-matching pipelines keep
-            their scheduler; one other than [`~diffusers.DDIMScheduler`] is else replaced by a DDIM scheduler with the
-            same noise schedule.
+            their scheduler, a [`~diffusers.FlowMatchEulerDiscreteScheduler`]; one other than
+            [`~diffusers.DDIMScheduler`] is else replaced by a DDIM scheduler with the same noise schedule.
         reward_funcs (`RewardFunc` or `list[RewardFunc]`):
             What to tune for, the higher the better. Each is
 
@@ -159,8 +159,8 @@ class DDPOTrainer(HubTrainer):
         eval_dataset (`datasets.Dataset`, *optional*):
             Conditions to evaluate on: one image each, deterministic steps, fixed seeds.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter to add to the denoiser, a `LoraConfig` say. When left out, the denoiser's active adapter is
-            trained on; if it has none, all its weights are trained, in float32.
+            The adapter to add to the denoiser, a `LoraConfig` say, which has none yet. When left out, the denoiser's
+            active adapter is trained on; if it has none, all its weights are trained, in float32.
         eval_reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
             Rewards that are evaluated, and never trained on: what tells progress from overfitting to `reward_funcs`.
             With `metric_for_best_model="eval_heldout/{name}/mean"`, `load_best_model_at_end=True` and
@@ -169,8 +169,8 @@ class DDPOTrainer(HubTrainer):
             Further callbacks.
 
     Raises:
-        `ValueError`: when there is no adapter, the data set is too small, two heads share a name, or the scheduler
-        cannot be turned into a policy.
+        `ValueError`: when `peft_config` comes for a denoiser that has an adapter, several adapters are active, the
+        data set is too small, two heads share a name, or the scheduler cannot be turned into a policy.
 
     Example:
 
@@ -230,15 +230,22 @@ class DDPOTrainer(HubTrainer):
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval()
         self.adapter_name = self.reference = None
+        loaded = list(getattr(self.denoiser, "peft_config", None) or {})
         if peft_config is not None:
+            if loaded:  # the new one would switch them off
+                raise ValueError(
+                    f"`peft_config` is given, but the denoiser has the adapters {loaded} already. Leave `peft_config` "
+                    "out to train the active one on, make it part of the weights first with `pipeline.fuse_lora()` "
+                    "and `pipeline.unload_lora_weights()`, or remove it with `pipeline.delete_adapters(name)`."
+                )
             self.adapter_name = "default"
             self.denoiser.add_adapter(peft_config)
-        elif getattr(self.denoiser, "peft_config", None):
+        elif loaded:
             active = self.denoiser.active_adapters()
             if len(active) != 1:
                 raise ValueError(
                     f"The denoiser has the active adapters {active}; expected one to train on. Choose it with "
-                    "`pipeline.set_adapters(name)`, or pass `peft_config` for a new one."
+                    "`pipeline.set_adapters(name)`."
                 )
             self.adapter_name = active[0]
             for name, parameter in self.denoiser.named_parameters():
@@ -411,7 +418,7 @@ class DDPOTrainer(HubTrainer):
         """Advantages of the images of all processes: `(N,)`, or `(N, window)` with the `"value"` baseline."""
         args, weights = self.args, self.reward_weights
         if args.baseline == "value":
-            total = weighted_sum(rewards, weights)[:, None].expand_as(values)
+            total = weighted_sum(rewards, weights, args.num_generations)[:, None].expand_as(values)
             surprises = (total - values) / self.model.value.scale
             advantages = whiten(surprises.flatten()).view_as(values).nan_to_num(nan=0.0)
         else:
@@ -421,7 +428,8 @@ class DDPOTrainer(HubTrainer):
                     return self.running.normalize(heads, keys)
                 return group_normalize(heads, args.num_generations, args.reward_std_floor, args.scale_rewards)
 
-            advantages = compute_advantages(rewards, normalize, weights, args.multi_objective_aggregation)
+            aggregation = args.multi_objective_aggregation
+            advantages = compute_advantages(rewards, normalize, weights, aggregation, args.num_generations)
         if args.reward_constraints:
             least = [args.reward_constraints.get(name) for name in self.reward_names]
             advantages = constrain(advantages, rewards, least, args.reward_std_floor)
@@ -465,7 +473,8 @@ class DDPOTrainer(HubTrainer):
         samples, local_rewards = self._sample_and_score(chain, conditions, columns, keys, window)
 
         rewards = self.accelerator.gather(local_rewards)
-        total, values, all_keys = weighted_sum(rewards, self.reward_weights), None, None
+        total, values, all_keys = weighted_sum(rewards, self.reward_weights, count), None, None
+        local_total = total[args.process_index * len(local_rewards) :][: len(local_rewards)]
         tensors = {"latents": samples.latents, "log_probs": samples.log_probs}
         if args.ratio_normalization:
             tensors["means"] = samples.means
@@ -475,7 +484,7 @@ class DDPOTrainer(HubTrainer):
             levels = [chain.levels[step].expand(len(local)) for step in window]
             values = [self.model.value(samples.latents[:, i], level, local) for i, level in enumerate(levels)]
             values = self.accelerator.gather(torch.stack(values, dim=1))
-            tensors["rewards"] = weighted_sum(local_rewards, self.reward_weights)
+            tensors["rewards"] = local_total
         elif args.baseline == "running":
             all_keys = [key for key in columns["condition_key"] for _ in range(count)]
             all_keys = gather_object(all_keys) if args.world_size > 1 else all_keys
@@ -487,7 +496,6 @@ class DDPOTrainer(HubTrainer):
         self._record_rewards(rewards, total)
         every = args.log_samples_steps
         if every and self.is_world_process_zero() and self.state.global_step % every < args.updates_per_generation:
-            local_total = weighted_sum(local_rewards, self.reward_weights)
             self._log_samples(samples.images, conditions, columns, local_total)
         return Rollout(index, rows, conditions, chain, window, tensors)
 
@@ -533,7 +541,7 @@ class DDPOTrainer(HubTrainer):
             loss = super().training_step(model, batch, num_items_in_batch)
         if self.accelerator.sync_gradients and self.args.kl_target is not None:
             kl = self.accelerator.reduce(torch.stack(self._update_kl).mean(), reduction="mean").item()
-            self.beta = adapt_beta(self.beta, kl, self.args.kl_target)
+            self.beta = adapt_beta(self.beta, kl, self.args.kl_target, self.args.beta)
             self._update_kl = []
         if self.accelerator.sync_gradients and batch["is_on_policy"]:
             self._on_policy_checked = True
@@ -635,10 +643,11 @@ class DDPOTrainer(HubTrainer):
                 Prefix of the metrics.
 
         Returns:
-            `dict[str, float]`: `eval_reward`, the mean over rows of the weighted sum of the heads;
-            `eval_rewards/{head}/mean`; `eval_reward_std` and `eval_rewards/{head}/std`, the standard deviation within
-            groups at the first evaluation; `eval_reward_gain`, the rise of `eval_reward` since then, in units of
-            `eval_reward_std`; `eval_heldout/{head}/mean` of the rewards that are not trained on; and the time it took.
+            `dict[str, float]`: `eval_reward`, the mean over rows of the weighted sum of the heads, NaN when one of
+            them scored rows in an earlier evaluation and none in this one; `eval_rewards/{head}/mean`;
+            `eval_reward_std` and `eval_rewards/{head}/std`, the standard deviation within groups at the first
+            evaluation; `eval_reward_gain`, the rise of `eval_reward` since then, in units of `eval_reward_std`;
+            `eval_heldout/{head}/mean` of the rewards that are not trained on; and the time it took.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -656,18 +665,23 @@ class DDPOTrainer(HubTrainer):
                 rows = list(range(min(len(dataset), args.groups_per_generation * args.world_size)))
                 count = max(args.num_generations, 2)
                 groups, _ = self._evaluate_rows(dataset, rows, count, window, "Measuring the spread")
-                totals = weighted_sum(groups, self.reward_weights)[:, None]
+                totals = weighted_sum(groups, self.reward_weights, count)[:, None]
                 stds = group_std(torch.cat([groups, totals], dim=1), count)
                 self.start = {"reward": total.nanmean().item(), "stds": stds.tolist()}
         self.sampler.watch.spans, self.sampler.num_calls = spans, calls  # the speed that is logged is the training's
         if self._logged_at is not None:
             self._logged_at += time.time() - start_time
 
-        reward = total.nanmean().item()
+        reward, means = total.nanmean().item(), rewards.nanmean(dim=0).tolist()
+        before = [entry for entry in self.state.log_history if f"{metric_key_prefix}_reward" in entry]
+        for name, mean, weight in zip(self.reward_names, means, self.reward_weights, strict=True):
+            known = (entry[f"{metric_key_prefix}_rewards/{name}/mean"] for entry in before)
+            if weight and math.isnan(mean) and not all(map(math.isnan, known)):
+                reward = math.nan  # without this head, the sum cannot be compared with those before
         *head_stds, reward_std = self.start["stds"]
         metrics = {"reward": reward, "reward_std": reward_std}
         metrics["reward_gain"] = (reward - self.start["reward"]) / max(reward_std, args.reward_std_floor)
-        for name, mean, std in zip(self.reward_names, rewards.nanmean(dim=0).tolist(), head_stds, strict=True):
+        for name, mean, std in zip(self.reward_names, means, head_stds, strict=True):
             metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = mean, std
         if heldout is not None:
             for name, mean in zip(self.eval_scorer.names, heldout.nanmean(dim=0).tolist(), strict=True):
@@ -684,7 +698,10 @@ class DDPOTrainer(HubTrainer):
         those that are not trained on, or `None`.
         """
         args = self.args
-        mine = rows[args.process_index :: args.world_size]
+        # As many on each process, some twice if need be: one without any would not know the names of the heads, and
+        # one with fewer would leave the others waiting where the denoiser's weights are split up.
+        places = math.ceil(len(rows) / args.world_size) * args.world_size
+        mine = [rows[i % len(rows)] for i in range(args.process_index, places, args.world_size)]
         parts = torch.tensor(mine, dtype=torch.long).split(max(args.per_device_eval_batch_size // num_generations, 1))
         scorers = [scorer for scorer in (self.scorer, self.eval_scorer) if scorer is not None]
         scored = []
@@ -702,7 +719,8 @@ class DDPOTrainer(HubTrainer):
             scored += zip(part.tolist(), *(values.tolist() for values in rewards), strict=True)
         if args.world_size > 1:
             scored = gather_object(scored)
-        _, *by_scorer = zip(*sorted(scored), strict=True)
+        scored = {row: values for row, *values in scored}
+        by_scorer = zip(*(scored[row] for row in rows), strict=True)
         rewards, *heldout = (torch.tensor(values).flatten(0, 1) for values in by_scorer)
         return rewards, heldout[0] if heldout else None
 

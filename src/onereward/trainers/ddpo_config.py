@@ -112,8 +112,8 @@ class DDPOConfig(TrainingArguments):
             Weight of the KL divergence from the denoiser without its adapter, or before the training where all weights
             are trained, in nats per masked element. At 0 that denoiser is not run.
         kl_target (`float`, *optional*):
-            Divergence that `beta` is adapted to hold, by factors of 2 after each update. Needs `beta` above 0 to start
-            from.
+            Divergence that `beta` is adapted to hold, by factors of 2 after each update, down to a 64th and up to
+            1024 times of what it starts from, which must be above 0.
         ema_decay (`float`, *optional*):
             Decay of an exponential moving average of the weights over updates. When given, it is the average that is
             evaluated and saved.

@@ -92,15 +92,15 @@ class PolicySampler:
 
     Args:
         pipeline (`DiffusionPipeline`):
-            The pipeline. A scheduler that is neither of DDIM nor of flow matching is replaced by DDIM with the same
-            noise schedule.
+            The pipeline. Its scheduler stays where it is a [`~diffusers.DDIMScheduler`] or a
+            [`~diffusers.FlowMatchEulerDiscreteScheduler`]; another is replaced by DDIM with the same noise schedule.
         denoise (`Callable`):
             The policy: from latents, timestep and conditions to what the denoiser predicts.
         args ([`DDPOConfig`]):
             Settings of the rollout.
 
     Raises:
-        `ValueError`: when the scheduler cannot be turned into a policy.
+        `ValueError`: when the scheduler cannot be turned into a policy, e.g. another one of flow matching.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, denoise: Callable, args: DDPOConfig):
@@ -108,7 +108,17 @@ class PolicySampler:
         self.watch, self.num_calls = Stopwatch(args.device), 0  # of the denoiser
         self.is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
         if not self.is_flow and not isinstance(pipeline.scheduler, DDIMScheduler):
-            pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+            config = pipeline.scheduler.config
+            if not hasattr(pipeline.scheduler, "alphas_cumprod") or config.get("use_flow_sigmas"):
+                raise ValueError(
+                    f"The pipeline's scheduler is {type(pipeline.scheduler).__name__}, whose steps are neither those "
+                    "of a noise schedule `alphas_cumprod` nor Euler's of flow matching. For a denoiser of flow "
+                    "matching set `pipeline.scheduler = "
+                    "FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)`."
+                )
+            # DDIM clips unless it is told not to; schedulers without the option do not, and latents exceed 1.
+            clip_sample = config.get("clip_sample", False)
+            pipeline.scheduler = DDIMScheduler.from_config(config, clip_sample=clip_sample)
         if pipeline.scheduler.config.get("thresholding"):
             raise ValueError("The scheduler has `thresholding`, under which a step is no Gaussian; switch it off.")
         if pipeline.scheduler.config.get("stochastic_sampling"):

@@ -24,6 +24,7 @@ from onereward.hub.environment import source_commit
 from onereward.pipelines.pipeline_onereward_mask import TASK_PROMPTS, MaskConditions, OneRewardMaskPipeline
 from onereward.trainers.ema import WeightAverage
 from onereward.trainers.hub import HubTrainer, loaded_revision
+from onereward.trainers.vae import OwnNoise
 
 
 @dataclass
@@ -83,6 +84,8 @@ class SFTConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.data_seed is None:  # else rows are shuffled by the seed of the noise, which is each process's own
+            self.data_seed = self.seed
         for name in ("random_mask_prob", "label_dropout", "prompt_dropout", "condition_dropout", "task_prompt_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but a share from 0 to 1 is wanted.")
@@ -129,7 +132,8 @@ class SFTTrainer(HubTrainer):
 
     Args:
         pipeline ([`OneRewardMaskPipeline`]):
-            The pipeline; its VAE stays frozen. Any inpainting checkpoint of diffusers may be loaded into one.
+            The pipeline, without an adapter; its VAE stays frozen. Any inpainting checkpoint of diffusers may be
+            loaded into one.
         args ([`SFTConfig`], *optional*):
             Configuration of the training.
         train_dataset (`datasets.Dataset`):
@@ -140,6 +144,9 @@ class SFTTrainer(HubTrainer):
             Adapter to train in place of the denoiser.
         callbacks (`list[TrainerCallback]`, *optional*):
             Further callbacks.
+
+    Raises:
+        `ValueError`: when the denoiser has an adapter already, or `peft_config` comes with `train_text_encoder`.
 
     Example:
 
@@ -164,6 +171,13 @@ class SFTTrainer(HubTrainer):
         args = args or SFTConfig()
         if peft_config is not None and args.train_text_encoder:
             raise ValueError("`train_text_encoder` cannot go with `peft_config`: only the denoiser gets an adapter.")
+        loaded = list(getattr(pipeline.unet, "peft_config", None) or {})
+        if loaded:  # a new one would switch it off, and with it the weights cannot be saved as a pipeline's
+            raise ValueError(
+                f"The denoiser has the adapters {loaded} already. Make them part of the weights first, with "
+                "`pipeline.fuse_lora()` and `pipeline.unload_lora_weights()`, or remove them with "
+                "`pipeline.delete_adapters(name)`."
+            )
         self.pipeline = pipeline
         self.peft_config = peft_config
         for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
@@ -194,6 +208,7 @@ class SFTTrainer(HubTrainer):
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = WeightAverage(self.trainable, args.ema_decay)
         self.add_callback(self.ema)
+        self.add_callback(OwnNoise())
 
     # ------------------------------------------------------------------------------------------------------- batches
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from onereward.data.schema import rows_to_tensors
 from onereward.hub.cards import TAGS, render_card, shown_command
@@ -43,6 +43,11 @@ class VAEConfig(TrainingArguments):
     kl_weight: float = field(default=1e-4, metadata={"help": "Weight of the Kullback-Leibler term."})
     gradient_weight: float = field(default=0.5, metadata={"help": "Weight of the error of image differences."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data_seed is None:  # else rows are shuffled by the seed of the noise, which is each process's own
+            self.data_seed = self.seed
+
 
 def kl_to_standard_normal(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     r"""
@@ -56,6 +61,21 @@ def gradient_error(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean absolute error of the horizontal and vertical differences of `(B, C, H, W)` images."""
     across = F.l1_loss(images.diff(dim=-1), targets.diff(dim=-1))
     return across + F.l1_loss(images.diff(dim=-2), targets.diff(dim=-2))
+
+
+class OwnNoise(TrainerCallback):
+    """
+    Seeds each process by its number when the training begins. The Trainer seeds all alike, so that they make the same
+    weights; with the same noise, timesteps and dropouts too, several processes would see less variety than one with
+    all their rows. The first goes on as it was, and draws what a single process draws.
+
+    Rows are shuffled by `data_seed`, which must be set: where it is `None` the seed of the noise would decide, and
+    processes would not share the rows out. A checkpoint holds the random state of each process.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.process_index > 0:
+            set_seed(args.seed + args.process_index)
 
 
 class _Reconstruction(torch.nn.Module):
@@ -120,6 +140,7 @@ class VAETrainer(HubTrainer):
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False
+        self.add_callback(OwnNoise())
 
     @staticmethod
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
