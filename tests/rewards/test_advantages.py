@@ -67,6 +67,15 @@ def test_group_std_is_the_mean_over_the_groups():
     np.testing.assert_allclose(group_std(values, 4), expected, rtol=1e-5)
 
 
+def test_groups_without_two_scored_images_tell_nothing_of_the_standard_deviation():
+    values = rewards()
+    values[4:, 0] = math.nan
+    values[11, 0] = 5.0
+    values[:, 1] = math.nan
+    ours = group_std(values, 4)
+    assert ours[0].item() == pytest.approx(np.std(values[:4, 0].numpy(), ddof=1)) and ours[1].isnan()
+
+
 def test_scale_and_offset_of_a_head_do_not_change_the_advantages():
     values = rewards()
     scaled = values * torch.tensor([1000.0, 1.0]) + torch.tensor([-50.0, 0.0])
@@ -124,10 +133,32 @@ def test_a_head_that_could_not_score_has_no_say():
     assert (advantages_of(torch.full((4, 2), math.nan), 4) == 0).all()
 
 
-def test_the_sum_leaves_out_what_could_not_score():
+@pytest.mark.parametrize("aggregation", ["normalize_then_sum", "sum_then_normalize"])
+def test_a_head_that_could_not_score_one_image_has_no_say_on_it(aggregation):
+    light = torch.tensor([0.1, 0.2, 0.3, 0.9, 0.4, 0.1, 0.2, 0.9])
+    same = torch.tensor([10.0, 10.0, 10.0, math.nan, -7.0, -7.0, math.nan, -7.0])  # says the same of all it scored
+    ours, alone = (
+        compute_advantages(heads, lambda heads: group_normalize(heads, 4), None, aggregation, num_generations=4)
+        for heads in (torch.stack([light, same], dim=1), light[:, None])
+    )
+    torch.testing.assert_close(ours, alone, rtol=0, atol=1e-4)
+
+
+def test_in_the_sum_a_missing_head_is_its_mean_over_the_group_or_else_over_all():
+    nan = math.nan
+    values = torch.tensor([[1.0, 2.0], [3.0, nan], [nan, 6.0], [nan, nan], [nan, 7.0], [nan, 9.0]])
+    total = weighted_sum(values, [1.0, 10.0], num_generations=2)
+    assert total[[0, 1, 2, 4, 5]].tolist() == [21, 23, 62, 72, 92] and total[3].isnan()
+    # by themselves: the mean over all
+    assert weighted_sum(values, [1.0, 10.0])[[0, 1, 2]].tolist() == [21, 63, 62]
+
+
+def test_a_head_that_scored_nothing_adds_nothing():
     values = torch.tensor([[1.0, 2.0], [math.nan, 2.0], [1.0, math.nan], [math.nan, math.nan]])
-    total = weighted_sum(values, [1.0, 10.0])
-    assert total[:3].tolist() == [21, 20, 1] and total[3].isnan()
+    assert weighted_sum(torch.stack([values[:, 0], values[:, 0] * math.nan], dim=1), [1.0, 1.0])[[0, 2]].tolist() == [
+        1,
+        1,
+    ]
     # a head without weight does not make an image scored
     total = weighted_sum(values, [1.0, 0.0])
     assert total[[0, 2]].tolist() == [1, 1] and total[[1, 3]].isnan().all()

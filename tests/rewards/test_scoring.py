@@ -90,6 +90,46 @@ def test_a_call_that_fails_is_made_again(asynchronous):
     assert len(attempts) == 4
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_time_of_a_call_starts_at_its_turn_and_it_is_made_again_within_it(asynchronous):
+    running, order = [], []
+
+    def careful(images, **_):
+        running.append(1)
+        overlaps = len(running) > 1
+        order.append(float(images.sum()))
+        time.sleep(0.05)
+        running.pop()
+        if len(order) == 2:
+            raise ConnectionError("no answer")
+        return [float(overlaps)] * len(images)
+
+    parts = batches(24)  # all of them take longer than one may
+    rewards = collect(RewardScorer([careful], asynchronous, timeout=1.0, retries=1), parts)
+    sums = [float(part["images"].sum()) for part in parts]
+    assert order == [sums[0], sums[1], *sums[1:]] and (rewards == 0).all()
+
+
+def test_calls_that_wait_for_their_turn_are_dropped_when_one_has_failed():
+    order, failed = [], threading.Event()
+
+    def breaks_first(images, **_):
+        order.append(float(images.sum()))
+        if len(order) == 1:
+            raise KeyError("weights")
+        assert failed.wait(30)
+        return [0.0] * len(images)
+
+    *parts, later = batches(5)
+    scorer = RewardScorer([breaks_first], asynchronous=True)
+    with pytest.raises(KeyError):
+        collect(scorer, parts)
+    failed.set()
+    collect(scorer, [later])
+    # the second may have begun before the first was known to have failed
+    assert set(order) <= {float(part["images"].sum()) for part in (*parts[:2], later)}
+
+
 def test_a_call_that_keeps_failing_is_raised_as_it_came_or_named():
     def broken(images, **_):
         raise KeyError("weights")
@@ -98,6 +138,12 @@ def test_a_call_that_keeps_failing_is_raised_as_it_came_or_named():
         collect(RewardScorer([broken]), batches(1))
     with pytest.raises(RuntimeError, match="'broken' failed with KeyError: 'weights', 3 times"):
         collect(RewardScorer([broken], retries=2), batches(1))
+
+    def unanswered(images, **_):
+        raise TimeoutError("the server's own")
+
+    with pytest.raises(TimeoutError, match="the server's own"):
+        collect(RewardScorer([unanswered], timeout=30), batches(1))
 
 
 def test_skipped_images_are_not_scored_by_that_function_alone():

@@ -1,6 +1,7 @@
 """Guards say once what is wrong with a training, or stop it, and are silent where nothing is."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -61,6 +62,11 @@ def test_a_spread_that_only_wavers_or_was_never_there_is_left_alone():
     assert replay(VarianceGuard(window=5), series(rewards__quality__std=[1, 1, 1, 1, 1, 0, 0, 0, 0])).found == []
 
 
+def test_a_spread_that_could_not_be_measured_is_none_that_collapsed():
+    entries = [{"rewards/judge/std": value} for value in (0.2, math.nan, math.nan, 0.2)]
+    assert replay(VarianceGuard(window=1), entries).found == []
+
+
 def test_evaluations_are_not_mistaken_for_training():
     assert replay(VarianceGuard(window=1), [{"eval_rewards/quality/std": v} for v in (1, 0.5, 0)]).found == []
 
@@ -111,6 +117,7 @@ def test_when_both_fall_the_training_is_unstable():
         ([1, 2, 3, 4, 5], [0.5, 0.48, 0.47, 0.46, 0.46]),  # within the tolerance
         ([1, 2, 0, 4, 0], [0.5, 0.4, 0.3, 0.2, 0.1]),  # the reward does neither
         ([1, 2, 3, 4, 5], [float("nan")] * 5),  # the judge cannot score
+        ([1, 2, 3, 4, float("nan")], [0.1, 0.5, 0.4, 0.3, 0.2]),  # the reward cannot score
     ],
 )
 def test_a_judge_that_does_not_fall_for_good_is_no_reason_to_worry(rewards, judged):
@@ -241,6 +248,34 @@ def test_a_reward_made_to_be_hacked_is_caught(tmp_path):
     # the log that was recorded leads to the same verdict
     record = [entry for entry in trainer.state.log_history if "guard" not in entry]
     assert replay(HeldOutGuard(on_trigger="stop"), record).found == [found]
+
+
+def test_a_reward_that_fails_for_some_updates_has_not_collapsed(tmp_path):
+    calls = []
+
+    def judge(images, masks, **columns):
+        calls.append(1)
+        if len(calls) > 4:
+            raise ConnectionError("the server is down")
+        return brightness(images, masks)
+
+    guards = [VarianceGuard(window=2, on_trigger="stop")]
+    trainer = make_trainer(tmp_path, [likeness, judge], max_steps=4, on_reward_error="skip", callbacks=guards)
+    trainer.train()
+    assert len(logged(trainer, "rewards/judge/std")) < trainer.state.global_step == 4
+
+
+def test_a_head_of_a_rare_task_has_not_collapsed(tmp_path):
+    def judge(images, masks, case_id, **columns):
+        mine = [int(case.removeprefix("case-")) % 4 == 0 for case in case_id]
+        rewards = brightness(images, masks).tolist()
+        return [value if is_mine else None for value, is_mine in zip(rewards, mine, strict=True)]
+
+    guards = [VarianceGuard(share=0.5, window=1)]
+    trainer = make_trainer(tmp_path, judge, max_steps=8, learning_rate=0.0, callbacks=guards)
+    trainer.train()
+    spreads = logged(trainer, "rewards/judge/std")
+    assert 1 < len(spreads) < 8 and min(spreads) > 0
 
 
 def test_the_same_reward_capped_is_not_hacked(tmp_path):

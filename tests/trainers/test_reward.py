@@ -1,6 +1,7 @@
 """What `RewardTrainer` promises: it learns from votes, in any order of the sides, and says how well."""
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from onereward.preferences import VOTE_FEATURES, save_votes, vote_information
 from onereward.preferences.schema import VOTE_DEFAULTS, VOTE_SCHEMA_VERSION, to_png
 from onereward.rewards import OneRewardConfig, OneRewardModel
 from onereward.rewards.losses import smoothed
+from onereward.rewards.modeling_onereward import OneRewardOutput
 from onereward.trainers.reward import (
     ConditionSampler,
     Questions,
@@ -332,6 +334,46 @@ def test_a_gaussian_head_learns_on_which_images_raters_disagree(make_trainer, tr
     assert stds[noisy].mean() > 1.2 * stds[~noisy].mean()
     votes = trainer.model.compare(inputs["images"][:4], inputs["images"][4:8], *_condition(inputs, 4))
     torch.testing.assert_close(votes["bright"].sum(dim=1), torch.ones(4))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_rating_of_an_uncertain_image_has_the_probability_that_is_stated(make_trainer, training):
+    trainer = make_trainer(model=make_model(gaussian=True))
+    terms, (logit, std), (consistency, spread, severity) = trainer.rater_terms, (0.5, 1.0), (-3.0, 0.7, 0.4)
+    terms.consistency.data[0], terms.log_spread.data[0] = consistency, math.log(spread)
+    terms.severity.data[0, 0] = severity
+    outputs = OneRewardOutput(logits=torch.full((1, 2), logit), stds=torch.full((1, 2), std), log_nu=torch.zeros(2))
+    answers = {
+        "questions": torch.tensor([0]),
+        "raters": torch.tensor([0]),
+        "sides": torch.zeros(1),
+        "counts": torch.zeros(1, 2, 3),
+        "ratings": torch.tensor([[1.0, math.nan]]),
+        "num_ratings": torch.tensor([[1, 0]]),
+    }
+    loss = trainer.answers_loss(outputs, torch.tensor([[0, 0]]), answers, training)
+    if training:  # without its priors
+        questions = trainer.train_dataset
+        loss = loss - terms.penalty() / (questions.counts.sum() + questions.num_ratings.sum())
+        loss = loss - (outputs.stds**2).sum() / 2
+
+    u = torch.linspace(-10, 10, 100_001, dtype=torch.float64)
+    seen = consistency * (spread * u - severity) if training else spread * u
+    density = (-((u - logit) ** 2) / 2 / std**2).exp()
+    top = (density * seen.sigmoid()).sum() / density.sum()
+    assert loss.item() == pytest.approx(-top.log().item(), abs=1e-4)
+
+
+def test_ratings_of_uncertain_images_leave_the_model_less_sure(make_trainer, ratings):
+    trainer = make_trainer(ratings[0], make_model(gaussian=True, criteria=["bright"]), unseen=(None, None))
+    (layer,) = trainer.model.heads.outputs
+    layer.weight.data[1], layer.weight.data[0] = 0, torch.linspace(-1, 1, layer.in_features)
+    variances = []
+    for bias in (-30.0, 30.0):  # images of no and of the greatest uncertainty
+        layer.bias.data[1] = bias
+        trainer.finish()
+        variances.append(float((trainer.model.heads.posterior_factor[0] ** 2).sum()))
+    assert variances[1] > 1.2 * variances[0]
 
 
 def _condition(inputs, number):

@@ -56,7 +56,8 @@ def nan_std(values: torch.Tensor, dim: int | None = None) -> torch.Tensor:
 
 def group_std(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
     """
-    Standard deviation within the groups, the mean over the groups of each head's.
+    Standard deviation within the groups, for each head the mean over the groups of which it scored two images or
+    more.
 
     Args:
         rewards (`torch.Tensor`):
@@ -65,9 +66,11 @@ def group_std(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
             Members of a group.
 
     Returns:
-        `torch.Tensor`: tensor of shape `(heads,)`.
+        `torch.Tensor`: tensor of shape `(heads,)`, NaN where there is no such group.
     """
-    return nan_std(rewards.unflatten(0, (-1, num_generations)), dim=1).mean(dim=(0, 1))
+    groups = rewards.unflatten(0, (-1, num_generations))
+    count = groups.isfinite().sum(dim=1, keepdim=True)
+    return torch.where(count > 1, nan_std(groups, dim=1), math.nan).nanmean(dim=(0, 1))
 
 
 def group_normalize(
@@ -124,22 +127,34 @@ def whiten(values: torch.Tensor, std_floor: float = 0.1) -> torch.Tensor:
     return (values - values.nanmean()) / nan_std(values).clamp(min=std_floor)
 
 
-def weighted_sum(rewards: torch.Tensor, weights: Sequence[float] | torch.Tensor) -> torch.Tensor:
+def weighted_sum(
+    rewards: torch.Tensor, weights: Sequence[float] | torch.Tensor, num_generations: int = 1
+) -> torch.Tensor:
     """
-    The reward of each image: the weighted sum of its heads, without those that could not score it.
+    The reward of each image: the weighted sum of its heads.
+
+    A head that could not score an image must neither raise nor lower it among the others. It enters with its mean over
+    the image's group; where it scored none of the group, with its mean over all images; and where it scored none at
+    all, with nothing for any of them. The mean over images is then the weighted sum of the heads' means, however many
+    each of them scored.
 
     Args:
         rewards (`torch.Tensor`):
-            Rewards of shape `(N, heads)`, NaN = not scored.
+            Rewards of all processes, of shape `(N, heads)`, a group's members side by side, NaN = not scored.
         weights (`Sequence[float]` or `torch.Tensor`):
             Weight of each head.
+        num_generations (`int`, *optional*, defaults to 1):
+            Members of a group.
 
     Returns:
         `torch.Tensor`: tensor of shape `(N,)`, NaN where no head with a weight could score.
     """
     weights = torch.as_tensor(weights, dtype=torch.float32, device=rewards.device)
     unscored = (rewards.isnan() | (weights == 0)).all(dim=1)
-    return torch.where(unscored, math.nan, (rewards * weights).nansum(dim=1))
+    groups = rewards.unflatten(0, (-1, num_generations))
+    for means in (groups.nanmean(dim=1, keepdim=True), rewards.nanmean(dim=0)):
+        groups = torch.where(groups.isnan(), means, groups)
+    return torch.where(unscored, math.nan, (groups.flatten(0, 1) * weights).nansum(dim=1))
 
 
 def compute_advantages(
@@ -147,6 +162,7 @@ def compute_advantages(
     normalize: Callable[[torch.Tensor], torch.Tensor],
     weights: Sequence[float] | torch.Tensor | None = None,
     multi_objective_aggregation: str = "normalize_then_sum",
+    num_generations: int = 1,
 ) -> torch.Tensor:
     """
     Advantages of a rollout from the rewards of its heads.
@@ -159,7 +175,7 @@ def compute_advantages(
     Args:
         rewards (`torch.Tensor`):
             Rewards of all processes, of shape `(N, heads)`, NaN = not scored. A head that could not score an image has
-            no say on it; an image that no head could score has advantage 0.
+            no say on it, see [`weighted_sum`]; an image that no head could score has advantage 0.
         normalize (`Callable[[torch.Tensor], torch.Tensor]`):
             What rewards are compared to: from rewards of shape `(N, any)` to normalised ones, such as
             [`group_normalize`] or [`RunningStatistics.normalize`].
@@ -167,6 +183,8 @@ def compute_advantages(
             Weight of each head, 1 when not given.
         multi_objective_aggregation (`str`, *optional*, defaults to `"normalize_then_sum"`):
             `"normalize_then_sum"` or `"sum_then_normalize"`.
+        num_generations (`int`, *optional*, defaults to 1):
+            Members of a group, side by side.
 
     Returns:
         `torch.Tensor`: finite float32 tensor of shape `(N,)`.
@@ -192,9 +210,10 @@ def compute_advantages(
     weights = weights.to(rewards.device)
 
     if multi_objective_aggregation == "normalize_then_sum":
-        advantages = whiten(weighted_sum(normalize(rewards), weights) / weights.abs().sum().clamp(min=1e-12))
+        total = weighted_sum(normalize(rewards), weights, num_generations)
+        advantages = whiten(total / weights.abs().sum().clamp(min=1e-12))
     elif multi_objective_aggregation == "sum_then_normalize":
-        advantages = normalize(weighted_sum(rewards, weights)[:, None])[:, 0]
+        advantages = normalize(weighted_sum(rewards, weights, num_generations)[:, None])[:, 0]
     else:
         raise ValueError(
             f"`multi_objective_aggregation` is {multi_objective_aggregation!r}; expected 'normalize_then_sum' or "

@@ -2,8 +2,8 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, wait
+from functools import partial
 
 import torch
 
@@ -16,30 +16,22 @@ from onereward.rewards.modeling_onereward import OneRewardModel
 RewardFunc = str | OneRewardModel | Callable
 
 
-class _Call:
-    """One call of a reward function in a thread of its own, once the call before it is over."""
+def _in_thread(func: Callable[[], dict], after: Future | None = None) -> Future:
+    """Call a function in a thread of its own, once the call before it is over and unless it is cancelled by then."""
+    result = Future()
 
-    def __init__(self, func: Callable[[], dict], turn: threading.Semaphore):
-        self.result, self._func, self._turn = Future(), func, turn
-        self._lock, self._over = threading.Lock(), False
-        # A daemon: a call that hangs for ever must not keep the process from ending.
-        threading.Thread(target=self._run, daemon=True).start()
+    def run():
+        if after is not None:
+            wait([after])
+        if result.set_running_or_notify_cancel():
+            try:
+                result.set_result(func())
+            except BaseException as error:  # whatever it is, the thread that waits for the result raises it
+                result.set_exception(error)
 
-    def _run(self):
-        self._turn.acquire()
-        try:
-            self.result.set_result(self._func())
-        except BaseException as error:  # whatever it is, the thread that waits for the result raises it
-            self.result.set_exception(error)
-        finally:
-            self.end_turn()
-
-    def end_turn(self):
-        """Let the next call begin, though this one may still hang."""
-        with self._lock:
-            if not self._over:
-                self._turn.release()
-            self._over = True
+    # A daemon: a call that hangs for ever must not keep the process from ending.
+    threading.Thread(target=run, daemon=True).start()
+    return result
 
 
 class RewardScorer:
@@ -53,9 +45,9 @@ class RewardScorer:
             Whether [`~RewardScorer.submit`] returns at once and the functions run in threads, one for each function,
             whose calls keep their order.
         timeout (`float`, *optional*):
-            Seconds that a call may take; the wait for it is over then.
+            Seconds that a call may take once its turn has come; the wait for it is over then.
         retries (`int`, *optional*, defaults to 0):
-            How often a call that failed, or took too long, is made again.
+            How often a call that failed, or took too long, is made again before the next one has its turn.
         on_error (`str`, *optional*, defaults to `"raise"`):
             What happens after that: `"raise"`, or `"skip"`, where the images count as not scored by that function.
 
@@ -83,7 +75,7 @@ class RewardScorer:
         self.asynchronous, self.timeout, self.retries, self.on_error = asynchronous, timeout, retries, on_error
         self.names: list[str] | None = None  # of the heads, known once the functions have been called
         self._heads = [None] * len(reward_funcs)  # of each function
-        self._turns = [threading.Semaphore(1) for _ in reward_funcs]
+        self._last: list[Future | None] = [None] * len(reward_funcs)  # calls, which the next ones wait for
 
     def submit(self, arguments: dict) -> tuple[dict, list]:
         """
@@ -96,47 +88,48 @@ class RewardScorer:
         Returns:
             `tuple[dict, list]`: what [`~RewardScorer.collect`] wants.
         """
-        return arguments, [self._start(i, arguments) for i in range(len(self.reward_funcs))]
-
-    def _start(self, i: int, arguments: dict):
-        func = self.reward_funcs[i]
-
-        @torch.no_grad()  # threads begin with gradients on
-        def call():
-            if isinstance(func, OneRewardModel):
-                names = ("images", "masks", "sources", "label_maps", "prompts")
-                rewards = func.score(**{name: arguments[name] for name in names}, tasks=arguments["task"])
-            else:
-                rewards = func(**arguments)
-            return rewards if isinstance(rewards, dict) else {self._name(i): rewards}
-
-        if self.asynchronous or self.timeout is not None:
-            return _Call(call, self._turns[i])
-        return call
+        calls = [partial(self._attempts, i, arguments) for i in range(len(self.reward_funcs))]
+        if self.asynchronous:
+            calls = self._last = [_in_thread(*turn) for turn in zip(calls, self._last, strict=True)]
+        return arguments, calls
 
     def _name(self, i: int) -> str:
         return getattr(self.reward_funcs[i], "__name__", type(self.reward_funcs[i]).__name__)
 
-    def _finish(self, i: int, arguments: dict, call) -> dict:
-        """What a call returned, after another attempt or two where it failed."""
-        for attempt in range(self.retries + 1):
+    @torch.no_grad()  # threads begin with gradients on
+    def _call(self, i: int, arguments: dict) -> dict:
+        func = self.reward_funcs[i]
+        if isinstance(func, OneRewardModel):
+            names = ("images", "masks", "sources", "label_maps", "prompts")
+            rewards = func.score(**{name: arguments[name] for name in names}, tasks=arguments["task"])
+        else:
+            rewards = func(**arguments)
+        return rewards if isinstance(rewards, dict) else {self._name(i): rewards}
+
+    def _attempts(self, i: int, arguments: dict) -> dict:
+        """What a function returns, after another attempt or two where it fails; each has the whole `timeout`."""
+        for _ in range(self.retries + 1):
             try:
-                return call.result.result(self.timeout) if isinstance(call, _Call) else call()
+                if self.timeout is None:
+                    return self._call(i, arguments)
+                call = _in_thread(partial(self._call, i, arguments))
+                if wait([call], self.timeout).done:
+                    return call.result()
+                what, cause = f"took more than `reward_timeout` ({self.timeout:g} s)", None
             except Exception as error:
-                if isinstance(error, FutureTimeout) and isinstance(call, _Call) and not call.result.done():
-                    call.end_turn()
-                    what = f"took more than `reward_timeout` ({self.timeout:g} s)"
-                else:
-                    what = f"failed with {type(error).__name__}: {error}"
-                if attempt < self.retries:
-                    call = self._start(i, arguments)
-                elif self.on_error == "raise" or self._heads[i] is None:
-                    if attempt == 0 and not isinstance(error, FutureTimeout):
-                        raise  # as it came: the function's own traceback says most
-                    raise RuntimeError(
-                        f"The reward function {self._name(i)!r} {what}, {attempt + 1} times."
-                    ) from error
-        return {name: [None] * len(arguments["images"]) for name in self._heads[i]}
+                if self.retries == 0:
+                    raise  # as it came: the function's own traceback says most
+                what, cause = f"failed with {type(error).__name__}: {error}", error
+        raise RuntimeError(f"The reward function {self._name(i)!r} {what}, {self.retries + 1} times.") from cause
+
+    def _finish(self, i: int, call: Callable[[], dict] | Future, count: int) -> dict:
+        """What a call returned for `count` images, or that it could not score them."""
+        try:
+            return call.result() if self.asynchronous else call()
+        except Exception:
+            if self.on_error == "raise" or self._heads[i] is None:
+                raise
+        return {name: [None] * count for name in self._heads[i]}
 
     def collect(self, submitted: list[tuple[dict, list]]) -> torch.Tensor:
         """
@@ -155,20 +148,25 @@ class RewardScorer:
             heads change. `RuntimeError`: when a call failed or took too long, and `on_error` is `"raise"`; the first
             call of a function, which tells its heads, cannot be skipped.
         """
-        batches = []
-        for arguments, calls in submitted:
-            count, device = len(arguments["images"]), arguments["images"].device
-            heads = []
-            for i, call in enumerate(calls):
-                rewards = self._finish(i, arguments, call)
-                self._heads[i] = list(rewards)
-                heads += rewards.items()
-            names = [name for name, _ in heads]
-            if self.names is None and len(set(names)) < len(names):
-                raise ValueError(f"The reward heads are {names}; expected different names. Rename a reward function.")
-            if self.names not in (None, names):
-                raise ValueError(f"The reward functions returned the heads {names}, after {self.names} before.")
-            self.names = names
-            columns = [as_rewards(values, name, count).to(device) for name, values in heads]
-            batches.append(torch.stack(columns, dim=1))
-        return torch.cat(batches)
+        try:
+            return torch.cat([self._collect(*batch) for batch in submitted])
+        except BaseException:
+            if self.asynchronous:
+                for call in (call for _, calls in submitted for call in calls):
+                    call.cancel()  # nobody waits for those that have not begun
+            raise
+
+    def _collect(self, arguments: dict, calls: list) -> torch.Tensor:
+        count, device = len(arguments["images"]), arguments["images"].device
+        heads = []
+        for i, call in enumerate(calls):
+            rewards = self._finish(i, call, count)
+            self._heads[i] = list(rewards)
+            heads += rewards.items()
+        names = [name for name, _ in heads]
+        if self.names is None and len(set(names)) < len(names):
+            raise ValueError(f"The reward heads are {names}; expected different names. Rename a reward function.")
+        if self.names not in (None, names):
+            raise ValueError(f"The reward functions returned the heads {names}, after {self.names} before.")
+        self.names = names
+        return torch.stack([as_rewards(values, name, count).to(device) for name, values in heads], dim=1)

@@ -116,7 +116,8 @@ class HeldOutGuard(Guard):
     def check(self, history):
         found = {}
         for head in _metrics(history, "eval_heldout/", "/mean"):
-            entries = [e for e in history if "eval_reward" in e and math.isfinite(e.get(head, math.nan))]
+            # a server that was down leaves NaN
+            entries = [e for e in history if all(math.isfinite(e.get(m, math.nan)) for m in ("eval_reward", head))]
             if not entries:
                 continue
             values = [entry[head] for entry in entries]
@@ -150,7 +151,8 @@ class VarianceGuard(Guard):
     [Pref-GRPO](https://huggingface.co/papers/2508.20751).
 
     Triggers when a head's mean over the last `window` entries of the log is below `share` of that over the first
-    `window`. A head that was 0 from the start, as a constraint may be, is left out.
+    `window`. A head that was 0 from the start, as a constraint may be, is left out, and so are entries without it: no
+    group had two images that it could score.
 
     Args:
         share (`float`, *optional*, defaults to 0.1):

@@ -543,7 +543,8 @@ class RewardTrainer(HubTrainer):
         if training:
             difference = terms.of_pairs(difference, raters, answers["sides"])
             if variance is not None:
-                variance = variance * terms.consistency[raters, None] ** 2
+                scale = terms.consistency[raters, None] ** 2
+                variance, own_variance = variance * scale, own_variance * scale
         ratings = terms.of_ratings(logits, raters if training else None)
         if own_variance is not None:
             own_variance = own_variance * terms.log_spread.exp() ** 2
@@ -625,7 +626,8 @@ class RewardTrainer(HubTrainer):
         information = fisher_information(difference, heads.log_nu, variance)
         information = information * questions.counts.sum(dim=-1).to(information)
         spread = self.rater_terms.log_spread.exp()
-        of_bar = fisher_information(spread * whole.logits[first], torch.full_like(heads.log_nu, NO_TIES))
+        own_variance = None if stds is None else (spread * stds[first]) ** 2
+        of_bar = fisher_information(spread * whole.logits[first], torch.full_like(heads.log_nu, NO_TIES), own_variance)
         of_bar = of_bar * spread**2 * questions.num_ratings.to(of_bar)
         for head, layer in enumerate(heads.outputs):
             features = whole.features[:, head] - heads.feature_mean[head]
