@@ -29,6 +29,7 @@ command starts a training and, after it was stopped, goes on with it; `--resume_
 """
 
 import importlib
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +40,7 @@ from trl import TrlParser
 
 from onereward.data.load import load_rows
 from onereward.hub.adapters import load_adapter
+from onereward.hub.provenance import is_repo_id
 from onereward.pipelines import OneRewardFluxFillPipeline, OneRewardMaskPipeline, OneRewardSD3InpaintPipeline
 from onereward.rewards import OneRewardModel
 from onereward.trainers.ddpo import DDPOTrainer
@@ -105,7 +107,13 @@ class DDPOScriptArguments:
 def reward_function(name: str):
     """`module:function` as the function; anything else is the name of a reward model, which the trainer loads."""
     module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function) if function else name
+    if function:
+        return getattr(importlib.import_module(module), function)
+    if not os.path.isdir(name) and not is_repo_id(name):
+        raise ValueError(
+            f"`reward_funcs` holds {name!r}, which is neither a folder nor a Hub id. A function is 'module:function'."
+        )
+    return name
 
 
 def load_pipeline(name: str, **kwargs):
@@ -142,6 +150,7 @@ def main(script_args: DDPOScriptArguments, args: DDPOConfig) -> None:
         "streaming": script_args.streaming,
         "max_rows": script_args.max_rows,
         "seed": args.seed,
+        "hold_out": 0.1,
         "size": script_args.image_size,
     }
     train_dataset = load_rows(script_args.dataset_name, "train", num_cases=script_args.num_cases, **rows)

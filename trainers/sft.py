@@ -70,6 +70,7 @@ def main(script_args: SFTScriptArguments, args: SFTConfig) -> None:
         "streaming": script_args.streaming,
         "max_rows": script_args.max_rows,
         "seed": args.seed,
+        "hold_out": 0.1,
         "size": script_args.image_size,
         "tasks": tuple(script_args.tasks),
     }

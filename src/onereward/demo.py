@@ -174,6 +174,11 @@ def fit_to_data(folder: Path, settings: DemoSettings) -> dict:
     """`sft_adapter/` and `pipeline/`, the pipeline with that adapter fused in."""
     rows = datasets.load_from_disk(folder / "data" / "train")
     rows = rows.filter(lambda row: row["target"] is not None)
+    if not len(rows):
+        raise ValueError(
+            "`data` has no row with a target to learn from. Bring images to fill, whose own pixels are the target, or "
+            "`target_file_name` for those to remove."
+        )
     pipeline = OneRewardMaskPipeline.from_pretrained(settings.pipeline)
     args = SFTConfig(
         output_dir=str(folder / "sft_adapter"),

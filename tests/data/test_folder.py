@@ -98,6 +98,29 @@ def test_metadata_says_what_belongs_together(folder, kind):
         validate_row(row)
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_patient_under_another_name_is_refused_and_not_split_up(folder, kind):
+    record = {"file_name": "images/patient_0.png", "mask_file_name": "masks/patient_0.png", "patient_id": "p"}
+    write_metadata(folder, [record], kind)
+    with pytest.raises(ValueError, match=r"unknown columns \['patient_id'\]. Rename .*'case_id'"):
+        load_folder(folder, size=64)
+
+
+def test_a_table_that_was_not_saved_as_it_should_is_refused_in_words(folder):
+    head = "file_name,mask_file_name,prompt,case_id\nimages/patient_0.png,masks/patient_0.png,"
+    for content, reason in (
+        (f"{head}a bright, round lesion,p1\n".encode(), "row 1, has more fields than the header. Quote"),
+        (f"{head}Gewebe für hell,p1\n".encode("latin-1"), "metadata.csv is not UTF-8"),
+    ):
+        (folder / "metadata.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=reason):
+            load_folder(folder, size=64)
+    (folder / "metadata.csv").unlink()
+    (folder / "metadata.jsonl").write_text("[{}]\n")
+    with pytest.raises(ValueError, match="one object a line"):
+        load_folder(folder, size=64)
+
+
 def test_no_file_name_reaches_the_rows(folder):
     dataset = load_folder(folder, size=64)
     buffer = io.BytesIO()

@@ -36,6 +36,20 @@ def test_folder_and_parquet_hold_the_same_rows(rows, tmp_path):
     assert from_parquet[0]["image"].tobytes() == rows[0]["image"].tobytes()
 
 
+def test_cases_to_validate_on_are_held_out_of_train_and_never_of_test(tmp_path):
+    rows = load_phantom(12, contrasts=("t1c",), tasks=("fill", "remove"))
+    train, test = rows.select(range(16)), rows.select(range(16, 24))
+    datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "two")  # as `onereward data` does
+    splits = ("train", "validation")
+    held = [set(load_rows(str(tmp_path / "two"), split, hold_out=0.1)["case_id"]) for split in splits]
+    assert held[0].isdisjoint(held[1]) and held[0] | held[1] == set(train["case_id"]) and len(held[1]) == 1
+    datasets.DatasetDict(train=train, validation=test).save_to_disk(tmp_path / "own")
+    own = [load_rows(str(tmp_path / "own"), split, hold_out=0.1)["case_id"] for split in splits]
+    assert own == [train["case_id"][:], test["case_id"][:]]
+    with pytest.raises(ValueError, match="no split 'validation', only"):
+        load_rows(str(tmp_path / "two"), "validation")
+
+
 def test_missing_split_and_missing_column_are_named(rows, tmp_path):
     datasets.DatasetDict(train=rows.remove_columns("target")).save_to_disk(tmp_path)
     with pytest.raises(ValueError, match=r"no split 'test', only \['train'\]"):

@@ -39,15 +39,18 @@ def read_metadata(path: str | Path) -> list[dict]:
         `list[dict]`: one record a row, with file names relative to the folder and without empty values.
 
     Raises:
-        `ValueError`: when the folder is not one of these, or its metadata cannot be read.
+        `ValueError`: when the folder is not one of these, or its metadata cannot be read or has other columns.
     """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; expected one with images and masks.")
     table, lines = path / "metadata.csv", path / "metadata.jsonl"
     if table.is_file():
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            records = list(csv.DictReader(file))
+        try:
+            with table.open(newline="", encoding="utf-8-sig") as file:
+                records = list(csv.DictReader(file))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{table} is not UTF-8 ({error.reason}). Save it as CSV in UTF-8.") from error
     elif lines.is_file():
         records = []
         for number, line in enumerate(lines.read_text(encoding="utf-8").splitlines(), 1):
@@ -56,10 +59,20 @@ def read_metadata(path: str | Path) -> list[dict]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{lines}, line {number}, is not JSON ({error.msg}); expected one object.") from None
         records = [record for record in records if record is not None]
+        if not all(isinstance(record, dict) for record in records):
+            raise ValueError(f"{lines} holds something else than objects; expected one object a line.")
     else:
         records = match_by_stem(path)
     if not records:
         raise ValueError(f"{path} lists no images; expected at least one row of metadata.")
+    for number, record in enumerate(records, 1):
+        if None in record:  # of `csv.DictReader`
+            raise ValueError(f"{table}, row {number}, has more fields than the header. Quote texts with commas.")
+        # a patient under another name than `case_id` would be split up between training and test
+        if unknown := [column for column in record if column not in COLUMNS]:
+            raise ValueError(
+                f"{path} has the unknown columns {unknown}. Rename or drop them; known are {list(COLUMNS)}."
+            )
     return [{key: value for key, value in record.items() if value not in (None, "")} for record in records]
 
 

@@ -11,7 +11,7 @@ from huggingface_hub.file_download import repo_folder_name
 from tqdm.auto import tqdm
 
 from onereward.data.phantom import load_phantom
-from onereward.data.schema import FEATURES
+from onereward.data.schema import FEATURES, split_by_case
 
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -25,6 +25,7 @@ def load_rows(
     streaming: bool = False,
     max_rows: int | None = None,
     seed: int = 0,
+    hold_out: float = 0.0,
     **phantom,
 ) -> datasets.Dataset:
     r"""
@@ -45,6 +46,9 @@ def load_rows(
             Number of rows, at random. All when not given.
         seed (`int`, *optional*, defaults to 0):
             Seed of the choice of rows.
+        hold_out (`float`, *optional*, defaults to 0.0):
+            Where there is no split `"validation"`, the share of the cases of `"train"`, one at least, that make it.
+            To be given for both. Not for what is streamed, nor for the phantom, which has all splits.
         **phantom:
             Arguments of [`load_phantom`], such as `num_cases`; used for the phantom only. Its seed is `seed`.
 
@@ -87,6 +91,9 @@ def load_rows(
             parts = load_from_hub(name, revision)
         if isinstance(parts, datasets.Dataset):
             parts = datasets.DatasetDict(train=parts)
+        if hold_out > 0 and "validation" not in parts and "train" in parts:
+            share = max(hold_out, 1 / len(set(parts["train"]["case_id"])))
+            parts |= split_by_case(parts["train"], {"train": 1 - share, "validation": share})
         _check_split(name, split, parts)
         rows = parts[split]
         _check_columns(name, rows.column_names)
@@ -118,7 +125,7 @@ def _stream(name, split, revision, max_rows, seed):
 
 def _check_split(name, split, parts):
     if split not in parts:
-        raise ValueError(f"`{name}` has no split {split!r}, only {list(parts)}. Write it with `onereward data`.")
+        raise ValueError(f"`{name}` has no split {split!r}, only {list(parts)}. Name another data set, or add it.")
 
 
 def _check_columns(name, columns):

@@ -111,7 +111,7 @@ def check_mask(mask: np.ndarray, size: tuple[int, int] | None = None, name: str 
     if not (np.isin(values, (0, 1)).all() or np.isin(values, (0, 255)).all()):
         raise ValueError(
             f"`{name}` is not binary: it holds {len(values)} values, e.g. {values[:6].tolist()}; expected 0 and 255 "
-            "(or 0 and 1). Threshold it first, e.g. `mask > 127`."
+            "(or 0 and 1). Threshold it first: `mask > 127`, or `mask > 0` where the values are labels."
         )
     return mask != 0
 
