@@ -435,7 +435,12 @@ def report_text(report: dict) -> str:
         for name, entry in report["heldout"].items()
     )
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
-    votes = report["votes"]
+    votes, base = report["votes"], ""
+    if report["settings"]["data"] is not None:
+        base = """
+
+The adapter belongs on `pipeline/`, the base fitted to your images, and on no other: `onereward evaluate --pipeline`
+and `onereward generate --pipeline` take that folder. Publish it first and name it as the adapter's `--base-model`."""
     return f"""# OneReward demo
 
 **{DISCLAIMER}** All raters are simulated; all "after" images are synthetic.
@@ -481,7 +486,7 @@ raters' noise.
 ## What is here
 
 `adapter/` loads into diffusers (`pipeline.load_lora_weights`) and PEFT; `reward_model/` into transformers
-(`AutoModel`); `votes.parquet` holds every vote with both images.
+(`AutoModel`); `votes.parquet` holds every vote with both images.{base}
 
 Time: {seconds}. Seed {report["settings"]["seed"]}, base `{report["settings"]["pipeline"]}`.
 """

@@ -22,6 +22,7 @@ from safetensors.numpy import load as load_safetensors
 from tiny_artefacts import KINDS, make_artefact, make_rows, make_vote
 
 from onereward.hub.about import About
+from onereward.hub.provenance import describe_parent, write_provenance
 from onereward.hub.publish import REPO_TYPES, _Repository, publish
 from onereward.preferences import VoteStore, load_votes, save_votes
 
@@ -403,7 +404,8 @@ def test_an_adapter_of_a_pipeline_on_this_disk_is_refused_with_the_remedy(tmp_pa
 
 
 def test_the_base_model_is_named_in_both_formats_and_as_a_parent(made, tmp_path, repo, hub):
-    path = local_adapter(tmp_path)
+    path, trained_on = local_adapter(tmp_path), describe_parent("base_model", made("pipeline"))
+    write_provenance(path, "adapter", parents=[trained_on])
     publish("adapter", path, repo, base_model="org/tiny-base")
     there = on_hub(repo)
     assert json.loads(there["adapter_config.json"])["base_model_name_or_path"] == "org/tiny-base"
@@ -416,6 +418,8 @@ def test_the_base_model_is_named_in_both_formats_and_as_a_parent(made, tmp_path,
     parents = json.loads(there["provenance.json"])["parents"]
     found = [(parent["role"], parent["name"], parent["revision"]) for parent in parents]
     assert found == [("base_model", "org/tiny-base", api.repo_info("org/tiny-base").sha)]
+    assert parents[0]["fingerprint"] is None  # the name of one and the content of another would be no origin
+    assert f"{trained_on['name']} (fingerprint {trained_on['fingerprint'][:12]})" in parents[0]["problem"]
     assert RepoCard(there["README.md"].decode()).data.base_model == "org/tiny-base"
     assert not any(str(tmp_path).encode() in content for content in there.values())
 

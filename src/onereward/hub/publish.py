@@ -410,7 +410,9 @@ def _find_base(repo, record, base_model):
     old = next((parent for parent in record["parents"] if parent["role"] == role), {})
     if old.get("name") != base_model or not old.get("revision"):
         new = describe_parent(role, base_model, commit)
-        new["fingerprint"] = new["fingerprint"] or old.get("fingerprint")
+        if old.get("fingerprint"):  # of what it was trained on, which is that base only by the word of the caller
+            trained_on = f"{old['name']} (fingerprint {old['fingerprint'][:12]})"
+            new["problem"] = f"said to be {trained_on}, which it was trained on"
         new["agreements"] = sorted({*new["agreements"], *old.get("agreements", ())})
         record["parents"] = [new, *(parent for parent in record["parents"] if parent is not old)]
         record["agreements"] = sorted({*record["agreements"], *new["agreements"]})
