@@ -53,7 +53,7 @@ def test_generate_keeps_every_pixel_outside_the_mask_and_marks_the_file(onerewar
     assert np.array_equal(np.array(result)[outside], np.array(PIL.Image.open(image))[outside])
     assert not np.array_equal(np.array(result), np.array(PIL.Image.open(image)))
     assert "SYNTHETIC" in result.text["Description"] and "not for clinical use" in result.text["Disclaimer"]
-    assert sorted(path.name for path in target.parent.iterdir()) == ["result.png", "result.provenance.json"]
+    assert sorted(path.name for path in target.parent.iterdir()) == ["result.png", "result.png.provenance.json"]
     record = read_provenance(target)
     assert record["settings"]["task"] == "remove" and record["parents"][0]["role"] == "base_model"
     for words in (str(result.text), json.dumps(record)):

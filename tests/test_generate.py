@@ -45,7 +45,7 @@ def test_a_film_whose_low_numbers_are_white_is_painted_as_its_positive(settings,
         results[name] = pydicom.pixels.apply_rescale(file.pixel_array, file)
         np.testing.assert_array_equal(results[name][mask == 0], pixels[mask == 0])
         assert (file.WindowCenter, file.WindowWidth) == (center, width_of_user or 1200)
-        facts = json.loads((tmp_path / f"{name}-out.provenance.json").read_text())
+        facts = json.loads((tmp_path / f"{name}-out.dcm.provenance.json").read_text())
         assert facts["settings"]["window"] == [center, width_of_user or 1200]
     assert file.PhotometricInterpretation == "MONOCHROME1"
     np.testing.assert_array_equal(total - results["film"], results["positive"])

@@ -14,6 +14,7 @@ A LoRA adapter for your own data (a folder written by `onereward data`, or a dat
         --use_peft --lora_r 8 --learning_rate 1e-3 --max_steps 300 --output_dir runs/sft
 """
 
+import json
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +50,9 @@ class SFTScriptArguments:
         default_factory=lambda: ["fill", "remove", "extend"],
         metadata={"help": "Tasks of the phantom; one named twice gets twice the rows."},
     )
+    labels: dict | str | None = field(
+        default=None, metadata={"help": "Label names and values of a pipeline from scratch; BraTS's if left out."}
+    )
     image_size: int = field(default=64, metadata={"help": "Height and width of the phantom in pixels."})
     vae_name_or_path: str | None = field(default=None, metadata={"help": "VAE to use in a pipeline from scratch."})
     vae_revision: str | None = field(default=None, metadata={"help": "Revision of that VAE on the Hub."})
@@ -79,8 +83,9 @@ def main(script_args: SFTScriptArguments, args: SFTConfig) -> None:
     if script_args.model_name_or_path is None:
         image = train_dataset[0]["image"]
         image_channels = 1 if image.mode == "L" else 3
+        labels = json.loads(script_args.labels) if isinstance(script_args.labels, str) else script_args.labels
         pipeline = small_pipeline(
-            train_dataset["prompt"], LABELS, image_channels=image_channels, image_size=image.height
+            train_dataset["prompt"], labels or LABELS, image_channels=image_channels, image_size=image.height
         )
         if script_args.vae_name_or_path is not None:
             vae = type(pipeline.vae).from_pretrained(

@@ -1,5 +1,6 @@
 """Synthetic files say what they are to programs that we did not write, and hold the very pixels they were given."""
 
+import hashlib
 import json
 import shutil
 import struct
@@ -379,7 +380,17 @@ def test_marks_of_other_programs_count(tmp_path, ending):
     assert is_synthetic(tmp_path / f"a{ending}") == {"synthetic": True, "digital_source_type": PAINTED}
 
 
+def test_files_of_one_name_in_two_forms_have_a_record_each(tmp_path):
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    save_png(pixels, tmp_path / "healthy.png", model="m", seed=1)
+    save_dicom(pixels, tmp_path / "healthy.dcm", model="m", seed=2)
+    for name, seed in (("healthy.png", 1), ("healthy.dcm", 2)):
+        record = read_provenance(tmp_path / name)
+        assert record["seed"] == seed
+        assert record["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+
+
 def test_sidecars_lie_beside_files_and_inside_folders(files):
     path = files["ct"][0].parent
     assert sidecar_of(path) == path / "provenance.json" and sidecar_of(path).is_file()
-    assert sidecar_of(files["grey"][0]).name == "grey.provenance.json" and sidecar_of(files["grey"][0]).is_file()
+    assert sidecar_of(files["grey"][0]).name == "grey.dcm.provenance.json" and sidecar_of(files["grey"][0]).is_file()

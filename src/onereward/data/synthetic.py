@@ -374,11 +374,11 @@ def public_name(name: str | os.PathLike) -> str:
 
 def sidecar_of(path: str | os.PathLike) -> Path:
     """
-    Where the facts on a synthetic file lie: `healthy.png` has `healthy.provenance.json` beside it, a folder of DICOM
-    files `provenance.json` in it, as `onereward provenance` expects.
+    Where the facts on a synthetic file lie: `healthy.png` has `healthy.png.provenance.json` beside it, a folder of
+    DICOM files `provenance.json` in it, as `onereward provenance` expects.
     """
     path = Path(path)
-    return path / "provenance.json" if path.is_dir() else path.with_suffix(".provenance.json")
+    return path / "provenance.json" if path.is_dir() else path.with_name(f"{path.name}.provenance.json")
 
 
 # ------------------------------------------------------------------------------------------------------------ words

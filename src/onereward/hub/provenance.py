@@ -417,10 +417,14 @@ def _identity(node):
 
 
 def provenance_path(artefact):
-    """Where the provenance of an artefact lies: in its folder, or beside it where it is one file (`Path`)."""
+    """
+    Where the provenance of an artefact lies: in its folder, or beside it where it is one file. Of an image the name is
+    whole, since `healthy.png` and `healthy.dcm` may lie side by side (`Path`).
+    """
     path = Path(artefact)
     if path.is_file() or path.suffix == ".parquet":
-        return path.with_suffix(f".{PROVENANCE_FILE}")
+        of_image = path.with_name(f"{path.name}.{PROVENANCE_FILE}")
+        return of_image if of_image.is_file() else path.with_suffix(f".{PROVENANCE_FILE}")
     return path / PROVENANCE_FILE
 
 
