@@ -184,11 +184,11 @@ def test_real_and_synthetic_are_ratings_that_the_visual_turing_test_reads(make):
     opened = Study(make(40, models=("real", "alpha"), mode="turing", tasks=("fill",), repeat_share=0.0), SALT)
     rater = join(opened)
     real = {row["candidate"]["bytes"] for row in opened._rows if row["model"] == "real"}
-    shown = []
     while (item := opened.next_item(rater)) is not None:
         assert item.source is item.mask is item.label_map is None
+        assert item.task == item.prompt == ""  # what was asked for is of those that were painted
         opened.answer(rater, item.item_id, "realism", "real" if item.images[0] in real else "synthetic")
-        shown.append(item.prompt)
+    shown = opened.votes.votes()["prompt"][:]
     assert len(set(shown)) == len(shown) == 40  # each condition once
     kinds = Counter(vote["model_0"] for vote in opened.votes.votes())
     assert kinds["real"] == pytest.approx(20, abs=12)  # 4 standard deviations of 40 coins
